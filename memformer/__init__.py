@@ -1,0 +1,51 @@
+"""A transformer with a memory made of slots; written from the chapters of the book.
+
+Every model here is a segment model: `logits, state = model(tokens, state)`.
+"""
+
+from memformer.forgetting import BiasedMemoryNorm
+from memformer.model import (
+    Memformer,
+    MemformerConfig,
+    MemformerEncoder,
+    MemformerLM,
+    MemformerState,
+    MemoryTrace,
+    trace,
+)
+from memformer.reader import MemoryReader
+from memformer.segments import (
+    Corpus,
+    CorpusError,
+    DocumentStreams,
+    Segment,
+    load_corpus,
+    reset_state,
+    run_segments,
+    split_segments,
+)
+from memformer.tasks import RecallTask, recall_accuracy
+from memformer.writer import MemoryWriter
+
+__all__ = [
+    "BiasedMemoryNorm",
+    "Corpus",
+    "CorpusError",
+    "DocumentStreams",
+    "Memformer",
+    "MemformerConfig",
+    "MemformerEncoder",
+    "MemformerLM",
+    "MemformerState",
+    "MemoryReader",
+    "MemoryTrace",
+    "MemoryWriter",
+    "RecallTask",
+    "Segment",
+    "load_corpus",
+    "recall_accuracy",
+    "reset_state",
+    "run_segments",
+    "split_segments",
+    "trace",
+]

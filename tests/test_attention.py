@@ -1,0 +1,230 @@
+"""Attention against torch's own module and against double loops written from the formulas."""
+
+import math
+
+import pytest
+import torch
+from helpers import close, far, randn
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from memformer.attention import (
+    MultiHeadAttention,
+    RelativePositions,
+    merge_heads,
+    rotate,
+    split_heads,
+)
+
+seeds = st.integers(0, 2**32 - 1)
+sizes = {
+    "batch": st.integers(1, 3),
+    "length": st.integers(1, 6),
+    "heads": st.integers(1, 3),
+    "half": st.integers(1, 3),
+}
+
+
+def attention(dim, heads, **settings):
+    return MultiHeadAttention(dim, heads, max_length=8, **settings).double().eval()
+
+
+def torch_attention(ours):
+    """torch's module with our weights."""
+    dim = ours.query.weight.shape[0]
+    theirs = nn.MultiheadAttention(dim, ours.num_heads, bias=False, batch_first=True)
+    theirs = theirs.double().eval()
+    with torch.no_grad():
+        weights = (ours.query.weight, ours.key_value.weight)
+        theirs.in_proj_weight.copy_(torch.cat(weights))
+        theirs.out_proj.weight.copy_(ours.output.weight)
+    return theirs
+
+
+def naive_attention(ours, x, causal, mask, score_and_value):
+    """One query, one key, one head at a time; `score_and_value(q, k, v, i, j, head)`."""
+    batch, length, dim = x.shape
+    width = dim // ours.num_heads
+    weight_key, weight_value = ours.key_value.weight.split(dim)
+    query, key, value = x @ ours.query.weight.T, x @ weight_key.T, x @ weight_value.T
+    mixed = torch.zeros_like(x)
+    for b in range(batch):
+        for head in range(ours.num_heads):
+            part = slice(head * width, (head + 1) * width)
+            for i in range(length):
+                scores, values = [], []
+                for j in range(length):
+                    if (causal and j > i) or (mask is not None and not mask[b, j]):
+                        continue
+                    score, content = score_and_value(
+                        query[b, i, part], key[b, j, part], value[b, j, part], i, j, head
+                    )
+                    scores.append(score / math.sqrt(width))
+                    values.append(content)
+                weights = torch.stack(scores).softmax(0)
+                mixed[b, i, part] = sum(w * v for w, v in zip(weights, values, strict=True))
+    return mixed @ ours.output.weight.T
+
+
+def padding(batch, length, generator):
+    """Right padding that leaves every row at least one real position."""
+    real = torch.randint(1, length + 1, (batch, 1), generator=generator)
+    return torch.arange(length) < real
+
+
+@given(seed=seeds, causal=st.booleans(), padded=st.booleans(), cross=st.booleans(), **sizes)
+def test_plain_attention_is_that_of_torch(
+    seed, causal, padded, cross, batch, length, heads, half
+):
+    generator = torch.manual_seed(seed)
+    ours = attention(2 * half * heads, heads)
+    theirs = torch_attention(ours)
+    x = randn(batch, length, 2 * half * heads)
+    context = randn(batch, length + 2, 2 * half * heads) if cross and not causal else x
+    mask = padding(batch, context.shape[1], generator) if padded else None
+    expected, _ = theirs(
+        x,
+        context,
+        context,
+        key_padding_mask=None if mask is None else ~mask,
+        attn_mask=torch.ones(length, length).triu(1).bool() if causal else None,
+        need_weights=False,
+    )
+    close(ours(x, None if context is x else context, causal=causal, mask=mask), expected)
+
+
+def test_the_comparison_with_torch_notices_a_missing_mask():
+    ours = attention(6, 3)
+    x = randn(2, 5, 6)
+    expected, _ = torch_attention(ours)(
+        x, x, x, attn_mask=torch.ones(5, 5).triu(1).bool(), need_weights=False
+    )
+    assert far(ours(x), expected)
+    close(ours(x, causal=True), expected)
+
+
+@given(seed=seeds, causal=st.booleans(), padded=st.booleans(), **sizes)
+def test_relative_attention_is_the_double_loop(
+    seed, causal, padded, batch, length, heads, half
+):
+    generator = torch.manual_seed(seed)
+    ours = attention(2 * half * heads, heads, positions="relative")
+    nn.init.normal_(ours.relative.table)
+    mask = padding(batch, length, generator) if padded else None
+    table = ours.relative.table
+
+    def with_distance(query, key, value, i, j, head):
+        r = table[head, i - j + ours.relative.max_length - 1]  # A_ij = q·k + q·R_{i−j}
+        return query @ key + query @ r, value + r
+
+    x = randn(batch, length, 2 * half * heads)
+    close(
+        ours(x, causal=causal, mask=mask), naive_attention(ours, x, causal, mask, with_distance)
+    )
+
+
+def test_the_double_loop_notices_a_swapped_distance():
+    ours = attention(6, 3, positions="relative")
+    nn.init.normal_(ours.relative.table)
+    x = randn(1, 4, 6)
+
+    def backwards(query, key, value, i, j, head):
+        r = ours.relative.table[head, j - i + ours.relative.max_length - 1]
+        return query @ key + query @ r, value + r
+
+    assert far(ours(x), naive_attention(ours, x, False, None, backwards))
+
+
+@given(seed=seeds, length=st.integers(1, 8), heads=st.integers(1, 3), width=st.integers(1, 4))
+def test_relative_positions_depend_on_distance_alone(seed, length, heads, width):
+    torch.manual_seed(seed)
+    relative = RelativePositions(8, heads, width)(length)
+    assert relative.shape == (heads, length, length, width)
+    for distance in range(1 - length, length):
+        line = relative.diagonal(-distance, dim1=1, dim2=2)
+        assert torch.equal(line, line[..., :1].expand_as(line))
+    assert length == 1 or not torch.equal(relative[:, 0, 1], relative[:, 1, 0])
+
+
+@given(seed=seeds, causal=st.booleans(), **sizes)
+def test_rotary_attention_is_the_double_loop(seed, causal, batch, length, heads, half):
+    torch.manual_seed(seed)
+    ours = attention(2 * half * heads, heads, positions="rotary")
+
+    def turned(query, key, value, i, j, head):
+        """Only the distance turns: query by i − j, key not at all (Su et al. 2021, eq. 14)."""
+        out = query.clone()
+        for pair in range(half):
+            angle = (i - j) * 10_000.0 ** (-2 * pair / (2 * half))
+            even, odd = query[2 * pair], query[2 * pair + 1]
+            out[2 * pair] = even * math.cos(angle) - odd * math.sin(angle)
+            out[2 * pair + 1] = even * math.sin(angle) + odd * math.cos(angle)
+        return out @ key, value
+
+    x = randn(batch, length, 2 * half * heads)
+    close(ours(x, causal=causal), naive_attention(ours, x, causal, None, turned))
+
+
+@given(seed=seeds, half=st.integers(1, 4), length=st.integers(2, 40))
+def test_rotary_scores_depend_on_distance_alone(seed, half, length):
+    torch.manual_seed(seed)
+    query, key = (rotate(randn(1, 1, 1, 2 * half).expand(-1, -1, length, -1)) for _ in "qk")
+    scores = (query @ key.mT)[0, 0]
+    for distance in range(1 - length, length):
+        line = scores.diagonal(distance)
+        close(line, line[:1].expand_as(line))
+    assert far(scores[0], scores[0, :1].expand(length))  # and distance matters
+
+
+@given(seed=seeds, **sizes)
+def test_rotation_keeps_lengths_and_leaves_position_zero(seed, batch, length, heads, half):
+    torch.manual_seed(seed)
+    x = randn(batch, heads, length, 2 * half)
+    turned = rotate(x)
+    close(turned.norm(dim=-1), x.norm(dim=-1))
+    assert torch.equal(turned[:, :, 0], x[:, :, 0])
+
+
+@given(seed=seeds, **sizes)
+def test_heads_are_slices_of_the_width(seed, batch, length, heads, half):
+    torch.manual_seed(seed)
+    x = randn(batch, length, heads * half)
+    cut = split_heads(x, heads)
+    assert cut.shape == (batch, heads, length, half)
+    for head in range(heads):
+        assert torch.equal(cut[:, head], x[..., head * half : (head + 1) * half])
+    assert torch.equal(merge_heads(cut), x)
+
+
+@pytest.mark.parametrize("positions", ["none", "rotary", "relative"])
+def test_later_tokens_do_not_reach_earlier_ones(positions):
+    ours = attention(12, 3, positions=positions)
+    x = randn(2, 7, 12).requires_grad_()
+    for i in range(7):
+        (gradient,) = torch.autograd.grad(ours(x, causal=True)[:, i].sum(), x)
+        assert not gradient[:, i + 1 :].any()
+        assert gradient[:, : i + 1].abs().sum(dim=(0, 2)).all()
+
+
+@pytest.mark.parametrize("positions", ["none", "rotary", "relative"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_row_of_padding_alone_is_finite_forward_and_backward(positions, causal):
+    ours = attention(12, 3, positions=positions)
+    x = randn(2, 5, 12).requires_grad_()
+    mask = torch.tensor([[True] * 5, [False] * 5])
+    out = ours(x, causal=causal, mask=mask)
+    out[0].sum().backward()
+    assert out.isfinite().all()
+    assert x.grad.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in ours.parameters())
+    assert not x.grad[1].any()
+
+
+@pytest.mark.parametrize("positions", ["none", "rotary", "relative"])
+def test_dropout_acts_in_training_only(positions):
+    ours = attention(12, 3, positions=positions, dropout=0.5)
+    x = randn(2, 6, 12)
+    assert torch.equal(ours(x), ours(x))
+    ours.train()
+    assert far(ours(x), ours(x))

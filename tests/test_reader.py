@@ -1,0 +1,104 @@
+"""Reading against torch's attention module with the same weights."""
+
+import pytest
+import torch
+from helpers import close, far, randn
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from memformer.reader import MemoryReader
+
+seeds = st.integers(0, 2**32 - 1)
+sizes = {
+    "batch": st.integers(1, 3),
+    "length": st.integers(1, 5),
+    "slots": st.integers(1, 6),
+    "heads": st.integers(1, 3),
+    "width": st.integers(1, 4),
+}
+
+
+def reader_for(heads, width, normalise):
+    reader = MemoryReader(heads * width, heads, normalise=normalise).double().eval()
+    if normalise:
+        nn.init.normal_(reader.norm.weight)
+        nn.init.normal_(reader.norm.bias)
+    return reader
+
+
+def reference(reader, x, memory):
+    """`Q = x W_Q; K, V = M W_K, M W_V; softmax(Q Kᵀ / √d) V`, by torch."""
+    dim = x.shape[-1]
+    theirs = nn.MultiheadAttention(dim, reader.num_heads, bias=False, batch_first=True)
+    theirs = theirs.double().eval()
+    with torch.no_grad():
+        parts = (reader.query.weight, reader.key.weight, reader.value.weight)
+        theirs.in_proj_weight.copy_(torch.cat(parts))
+        theirs.out_proj.weight.copy_(reader.output.weight)
+    if isinstance(reader.norm, nn.LayerNorm):
+        mean = memory.mean(dim=-1, keepdim=True)
+        spread = (memory.var(dim=-1, keepdim=True, unbiased=False) + 1e-5).sqrt()
+        memory = (memory - mean) / spread * reader.norm.weight + reader.norm.bias
+    return theirs(x, memory, memory, average_attn_weights=False)
+
+
+@given(seed=seeds, normalise=st.booleans(), **sizes)
+def test_reading_is_attention_over_slots(seed, normalise, batch, length, slots, heads, width):
+    torch.manual_seed(seed)
+    reader = reader_for(heads, width, normalise)
+    x, memory = randn(batch, length, heads * width), randn(batch, slots, heads * width)
+    expected, expected_weights = reference(reader, x, memory)
+    read, weights = reader(x, memory, return_weights=True)
+    close(read, expected)
+    close(weights, expected_weights)
+    close(weights.sum(dim=-1), torch.ones(batch, heads, length).double())
+    assert torch.equal(reader(x, memory), read)
+
+
+def test_the_reference_notices_a_missing_layer_norm():
+    reader = reader_for(2, 3, normalise=True)
+    x, memory = randn(2, 4, 6), randn(2, 5, 6)
+    expected, _ = reference(reader, x, memory)
+    reader.norm = nn.Identity()
+    assert far(reader(x, memory), expected)
+
+
+@given(seed=seeds, normalise=st.booleans(), **sizes)
+def test_the_order_of_slots_means_nothing(
+    seed, normalise, batch, length, slots, heads, width
+):
+    torch.manual_seed(seed)
+    reader = reader_for(heads, width, normalise)
+    x, memory = randn(batch, length, heads * width), randn(batch, slots, heads * width)
+    order = torch.randperm(slots)
+    read, weights = reader(x, memory, return_weights=True)
+    permuted, permuted_weights = reader(x, memory[:, order], return_weights=True)
+    close(permuted, read)
+    close(permuted_weights, weights[..., order])
+
+
+def test_a_token_reads_for_itself_and_every_slot_is_read():
+    reader = reader_for(2, 3, normalise=True)
+    x, memory = randn(2, 4, 6).requires_grad_(), randn(2, 5, 6).requires_grad_()
+    wrt_x, wrt_memory = torch.autograd.grad(reader(x, memory)[0, 2].sum(), (x, memory))
+    assert wrt_x[0, 2].any()
+    wrt_x[0, 2] = 0
+    assert not wrt_x.any()
+    assert wrt_memory[0].abs().sum(dim=-1).all()
+    assert not wrt_memory[1].any()
+
+
+@pytest.mark.parametrize("normalise", [True, False])
+def test_gradients_by_finite_differences(normalise):
+    reader = reader_for(2, 2, normalise)
+    x, memory = randn(1, 2, 4).requires_grad_(), randn(1, 3, 4).requires_grad_()
+    assert torch.autograd.gradcheck(reader, (x, memory))
+
+
+def test_dropout_acts_in_training_only():
+    reader = MemoryReader(6, 2, dropout=0.5).double().eval()
+    x, memory = randn(2, 4, 6), randn(2, 5, 6)
+    assert torch.equal(reader(x, memory), reader(x, memory))
+    reader.train()
+    assert far(reader(x, memory), reader(x, memory))

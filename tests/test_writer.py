@@ -1,0 +1,243 @@
+"""Writing against a loop over slots, heads and tokens written from PAPER.md's formula."""
+
+import math
+
+import pytest
+import torch
+from helpers import close, far, randn
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from memformer.writer import MemoryWriter
+
+seeds = st.integers(0, 2**32 - 1)
+temperatures = st.floats(0.05, 4.0)
+biases = st.none() | st.floats(-3.0, 3.0)
+sizes = {
+    "batch": st.integers(1, 3),
+    "length": st.integers(1, 6),
+    "slots": st.integers(1, 5),
+    "heads": st.integers(1, 3),
+    "width": st.integers(1, 4),
+}
+
+
+def writer_for(heads, width, temperature=0.25, keep_bias=None, normalise=True):
+    writer = MemoryWriter(
+        heads * width, heads, temperature, keep_bias=keep_bias, normalise=normalise
+    )
+    writer = writer.double().eval()
+    if normalise:
+        nn.init.normal_(writer.norm.weight)
+        nn.init.normal_(writer.norm.bias)
+    if keep_bias is not None:  # heads of their own, so that a mixed-up head shows
+        with torch.no_grad():
+            writer.keep_bias.add_(torch.randn_like(writer.keep_bias))
+    return writer
+
+
+def layer_norm(norm, slot):
+    if isinstance(norm, nn.Identity):
+        return slot
+    mean = slot.mean()
+    variance = ((slot - mean) ** 2).mean()
+    return (slot - mean) / torch.sqrt(variance + 1e-5) * norm.weight + norm.bias
+
+
+def naive_write(writer, memory, x, mask=None):
+    """Each slot by itself: scores against itself and each token, softmax by hand, mix."""
+    batch, slots, dim = memory.shape
+    heads, width = writer.num_heads, dim // writer.num_heads
+    new = torch.zeros_like(memory)
+    weights = memory.new_zeros(batch, heads, slots, 1 + x.shape[1])
+    for b in range(batch):
+        for i in range(slots):
+            slot = memory[b, i]
+            seen = layer_norm(writer.norm, slot)
+            query, own_key = writer.query.weight @ seen, writer.key.weight @ seen
+            for head in range(heads):
+                part = slice(head * width, (head + 1) * width)
+                own = query[part] @ own_key[part] / math.sqrt(width)
+                if writer.keep_bias is not None:
+                    own = own + writer.keep_bias.flatten()[head]
+                scores, values, columns = [own], [slot[part]], [0]
+                for token in range(x.shape[1]):
+                    if mask is not None and not mask[b, token]:
+                        continue
+                    key = (writer.key.weight @ x[b, token])[part]
+                    scores.append(query[part] @ key / math.sqrt(width))
+                    values.append((writer.value.weight @ x[b, token])[part])
+                    columns.append(1 + token)
+                top = max(float(score) for score in scores)
+                powers = [torch.exp((score - top) / writer.temperature) for score in scores]
+                for power, value, column in zip(powers, values, columns, strict=True):
+                    share = power / sum(powers)
+                    weights[b, head, i, column] = share
+                    new[b, i, part] += share * value
+    return new, weights
+
+
+@given(
+    seed=seeds,
+    temperature=temperatures,
+    keep_bias=biases,
+    normalise=st.booleans(),
+    masked=st.booleans(),
+    **sizes,
+)
+def test_writing_is_the_loop_over_slots(
+    seed, temperature, keep_bias, normalise, masked, batch, length, slots, heads, width
+):
+    torch.manual_seed(seed)
+    writer = writer_for(heads, width, temperature, keep_bias, normalise)
+    memory, x = randn(batch, slots, heads * width), randn(batch, length, heads * width)
+    mask = torch.rand(batch, length) < 0.6 if masked else None
+    new, weights = writer(memory, x, mask, return_weights=True)
+    expected, expected_weights = naive_write(writer, memory, x, mask)
+    close(new, expected)
+    close(weights, expected_weights)
+    close(weights.sum(dim=-1), torch.ones(batch, heads, slots).double())
+    assert torch.equal(writer(memory, x, mask), new)
+
+
+def test_the_loop_notices_a_wrong_temperature_a_projected_slot_and_a_swapped_bias():
+    writer = writer_for(3, 2, keep_bias=0.5)
+    memory, x = randn(2, 4, 6), randn(2, 5, 6)
+    expected, _ = naive_write(writer, memory, x)
+    close(writer(memory, x), expected)
+    writer.temperature *= 1.1
+    assert far(writer(memory, x), expected)
+    writer.temperature /= 1.1
+    _, weights = writer(memory, x, return_weights=True)
+    own = weights[..., 0].mT.repeat_interleave(2, dim=-1)
+    projected = writer(memory, x) + own * (writer.value(memory) - memory)
+    assert far(projected, expected)
+    with torch.no_grad():
+        writer.keep_bias.copy_(writer.keep_bias.roll(1, dims=0))
+    assert far(writer(memory, x), expected)
+
+
+@given(seed=seeds, keep_bias=biases, normalise=st.booleans(), **sizes)
+def test_no_slot_sees_another(
+    seed, keep_bias, normalise, batch, length, slots, heads, width
+):
+    """The derivative of one slot's new content to any other slot is exactly zero."""
+    torch.manual_seed(seed)
+    writer = writer_for(heads, width, 0.5, keep_bias, normalise)
+    memory, x = randn(batch, slots, heads * width), randn(batch, length, heads * width)
+    jacobian = torch.autograd.functional.jacobian(lambda m: writer(m, x), memory)
+    for b in range(batch):
+        for i in range(slots):
+            rows = jacobian[b, i]  # (D, B, K, D)
+            assert rows[:, b, i].any()
+            rows[:, b, i] = 0
+            assert not rows.any()
+
+
+def test_the_jacobian_would_show_a_slot_that_sees_another():
+    memory = randn(1, 3, 4)
+    jacobian = torch.autograd.functional.jacobian(
+        lambda m: m + 1e-9 * m.roll(1, dims=1), memory
+    )
+    assert jacobian[0, 0, :, 0, 2].any()
+
+
+@given(seed=seeds, keep_bias=biases, normalise=st.booleans(), **sizes)
+def test_permuting_slots_permutes_what_is_written(
+    seed, keep_bias, normalise, batch, length, slots, heads, width
+):
+    torch.manual_seed(seed)
+    writer = writer_for(heads, width, 0.25, keep_bias, normalise)
+    memory, x = randn(batch, slots, heads * width), randn(batch, length, heads * width)
+    order = torch.randperm(slots)
+    new, weights = writer(memory, x, return_weights=True)
+    permuted, permuted_weights = writer(memory[:, order], x, return_weights=True)
+    close(permuted, new[:, order])
+    close(permuted_weights, weights[:, :, order])
+
+
+@given(seed=seeds, keep_bias=biases, **sizes)
+def test_permuting_tokens_changes_nothing(
+    seed, keep_bias, batch, length, slots, heads, width
+):
+    torch.manual_seed(seed)
+    writer = writer_for(heads, width, 0.25, keep_bias)
+    memory, x = randn(batch, slots, heads * width), randn(batch, length, heads * width)
+    close(writer(memory, x[:, torch.randperm(length)]), writer(memory, x))
+
+
+@given(seed=seeds, dtype=st.sampled_from([torch.float32, torch.float64]), **sizes)
+def test_a_self_weight_of_one_keeps_a_slot_bit_for_bit(
+    seed, dtype, batch, length, slots, heads, width
+):
+    torch.manual_seed(seed)
+    writer = writer_for(heads, width, 0.25, 0.0).to(dtype)
+    memory, x = (
+        randn(batch, n, heads * width).to(dtype) for n in (slots, length)
+    )
+    with torch.no_grad():
+        writer.keep_bias.fill_(1e6)
+    new, weights = writer(memory, x, return_weights=True)
+    assert (weights[..., 0] == 1).all()
+    assert torch.equal(new, memory)
+    with torch.no_grad():
+        writer.keep_bias.fill_(-1e6)
+    assert not torch.equal(writer(memory, x), memory)
+
+
+@given(seed=seeds, keep_bias=biases, normalise=st.booleans(), **sizes)
+def test_a_segment_of_padding_keeps_the_memory_bit_for_bit(
+    seed, keep_bias, normalise, batch, length, slots, heads, width
+):
+    torch.manual_seed(seed)
+    writer = writer_for(heads, width, 0.25, keep_bias, normalise)
+    memory, x = randn(batch, slots, heads * width), randn(batch, length, heads * width)
+    nothing = torch.zeros(batch, length, dtype=torch.bool)
+    assert torch.equal(writer(memory, x, nothing), memory)
+
+
+@given(seed=seeds, keep_bias=biases, **sizes)
+def test_padding_is_invisible_to_the_writer(
+    seed, keep_bias, batch, length, slots, heads, width
+):
+    torch.manual_seed(seed)
+    writer = writer_for(heads, width, 0.25, keep_bias)
+    memory, x = randn(batch, slots, heads * width), randn(batch, length, heads * width)
+    real = torch.randint(0, length + 1, (batch, 1))
+    new = writer(memory, x, torch.arange(length) < real)
+    for b, n in enumerate(real.flatten().tolist()):
+        row = slice(b, b + 1)
+        close(new[row], writer(memory[row], x[row, :n]) if n else memory[row])
+
+
+@pytest.mark.parametrize("keep_bias", [None, 0.7])
+@pytest.mark.parametrize("normalise", [True, False])
+def test_gradients_by_finite_differences(keep_bias, normalise):
+    writer = writer_for(2, 2, 0.5, keep_bias, normalise)
+    mask = torch.tensor([[True, False, True]])
+
+    def write(memory, x, *parameters):
+        names = [name for name, _ in writer.named_parameters()]
+        values = dict(zip(names, parameters, strict=True))
+        return torch.func.functional_call(writer, values, (memory, x, mask))
+
+    inputs = randn(1, 2, 4).requires_grad_(), randn(1, 3, 4).requires_grad_()
+    assert torch.autograd.gradcheck(write, (*inputs, *writer.parameters()))
+
+
+def test_the_printed_form_has_no_bias_to_learn():
+    assert writer_for(2, 2).keep_bias is None
+    names = {name for name, _ in writer_for(2, 2, normalise=False).named_parameters()}
+    assert names == {"query.weight", "key.weight", "value.weight"}  # no output projection
+
+
+@given(seed=seeds, heads=st.integers(1, 3), width=st.integers(1, 3))
+def test_a_low_temperature_writes_the_best_match_alone(seed, heads, width):
+    torch.manual_seed(seed)
+    writer = writer_for(heads, width, 1e-9)
+    _, weights = writer(
+        randn(1, 3, heads * width), randn(1, 4, heads * width), return_weights=True
+    )
+    best = weights.argmax(dim=-1, keepdim=True)
+    assert (weights.gather(-1, best) > 1 - 1e-6).all()
