@@ -23,11 +23,12 @@ def far(left, right):
 
 
 def small_config(**changes):
-    """A model small enough for float64 on one core, with odd sizes wherever they are allowed."""
+    """Small enough for float64 on one core, with odd sizes wherever they are allowed."""
     settings = {
         "vocab_size": 23,
         "dim": 12,
         "num_heads": 3,
+        "writer_heads": 2,
         "ffn_dim": 17,
         "encoder_layers": 2,
         "decoder_layers": 2,

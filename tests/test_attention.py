@@ -9,13 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from memformer.attention import (
-    MultiHeadAttention,
-    RelativePositions,
-    merge_heads,
-    rotate,
-    split_heads,
-)
+from memformer.attention import MultiHeadAttention, merge_heads, rotate, split_heads
 
 seeds = st.integers(0, 2**32 - 1)
 sizes = {
@@ -26,8 +20,21 @@ sizes = {
 }
 
 
+MAX_LENGTH = 8
+
+
 def attention(dim, heads, **settings):
-    return MultiHeadAttention(dim, heads, max_length=8, **settings).double().eval()
+    """With relative positions that are not near zero, as they would be at the start."""
+    net = MultiHeadAttention(dim, heads, max_length=MAX_LENGTH, **settings).double().eval()
+    if settings.get("positions") == "relative":
+        nn.init.normal_(table_of(net))
+    return net
+
+
+def table_of(net):
+    """The learned vectors by head and distance: `table[head, n + max_length − 1]` is `R_n`."""
+    (table,) = (p for p in net.parameters() if p.ndim == 3)
+    return table
 
 
 def torch_attention(ours):
@@ -42,19 +49,20 @@ def torch_attention(ours):
     return theirs
 
 
-def naive_attention(ours, x, causal, mask, score_and_value):
+def naive_attention(ours, x, context, causal, mask, score_and_value):
     """One query, one key, one head at a time; `score_and_value(q, k, v, i, j, head)`."""
     batch, length, dim = x.shape
     width = dim // ours.num_heads
     weight_key, weight_value = ours.key_value.weight.split(dim)
-    query, key, value = x @ ours.query.weight.T, x @ weight_key.T, x @ weight_value.T
+    query = x @ ours.query.weight.T
+    key, value = context @ weight_key.T, context @ weight_value.T
     mixed = torch.zeros_like(x)
     for b in range(batch):
         for head in range(ours.num_heads):
             part = slice(head * width, (head + 1) * width)
             for i in range(length):
                 scores, values = [], []
-                for j in range(length):
+                for j in range(context.shape[1]):
                     if (causal and j > i) or (mask is not None and not mask[b, j]):
                         continue
                     score, content = score_and_value(
@@ -104,66 +112,67 @@ def test_the_comparison_with_torch_notices_a_missing_mask():
     close(ours(x, causal=True), expected)
 
 
-@given(seed=seeds, causal=st.booleans(), padded=st.booleans(), **sizes)
-def test_relative_attention_is_the_double_loop(
-    seed, causal, padded, batch, length, heads, half
-):
-    generator = torch.manual_seed(seed)
-    ours = attention(2 * half * heads, heads, positions="relative")
-    nn.init.normal_(ours.relative.table)
-    mask = padding(batch, length, generator) if padded else None
-    table = ours.relative.table
+def relative_terms(table):
+    """`A_ij = Q_i·K_j + Q_i·R_{i−j}`, and `V_j + R_{i−j}` to be mixed."""
 
-    def with_distance(query, key, value, i, j, head):
-        r = table[head, i - j + ours.relative.max_length - 1]  # A_ij = q·k + q·R_{i−j}
+    def terms(query, key, value, i, j, head):
+        r = table[head, i - j + MAX_LENGTH - 1]
         return query @ key + query @ r, value + r
 
-    x = randn(batch, length, 2 * half * heads)
-    close(
-        ours(x, causal=causal, mask=mask), naive_attention(ours, x, causal, mask, with_distance)
-    )
+    return terms
 
 
-def test_the_double_loop_notices_a_swapped_distance():
-    ours = attention(6, 3, positions="relative")
-    nn.init.normal_(ours.relative.table)
-    x = randn(1, 4, 6)
+def rotary_terms(half):
+    """Only the distance turns: the query by i − j, the key not at all (Su et al. 2021)."""
 
-    def backwards(query, key, value, i, j, head):
-        r = ours.relative.table[head, j - i + ours.relative.max_length - 1]
-        return query @ key + query @ r, value + r
-
-    assert far(ours(x), naive_attention(ours, x, False, None, backwards))
-
-
-@given(seed=seeds, length=st.integers(1, 8), heads=st.integers(1, 3), width=st.integers(1, 4))
-def test_relative_positions_depend_on_distance_alone(seed, length, heads, width):
-    torch.manual_seed(seed)
-    relative = RelativePositions(8, heads, width)(length)
-    assert relative.shape == (heads, length, length, width)
-    for distance in range(1 - length, length):
-        line = relative.diagonal(-distance, dim1=1, dim2=2)
-        assert torch.equal(line, line[..., :1].expand_as(line))
-    assert length == 1 or not torch.equal(relative[:, 0, 1], relative[:, 1, 0])
-
-
-@given(seed=seeds, causal=st.booleans(), **sizes)
-def test_rotary_attention_is_the_double_loop(seed, causal, batch, length, heads, half):
-    torch.manual_seed(seed)
-    ours = attention(2 * half * heads, heads, positions="rotary")
-
-    def turned(query, key, value, i, j, head):
-        """Only the distance turns: query by i − j, key not at all (Su et al. 2021, eq. 14)."""
-        out = query.clone()
+    def terms(query, key, value, i, j, head):
+        turned = query.clone()
         for pair in range(half):
             angle = (i - j) * 10_000.0 ** (-2 * pair / (2 * half))
             even, odd = query[2 * pair], query[2 * pair + 1]
-            out[2 * pair] = even * math.cos(angle) - odd * math.sin(angle)
-            out[2 * pair + 1] = even * math.sin(angle) + odd * math.cos(angle)
-        return out @ key, value
+            turned[2 * pair] = even * math.cos(angle) - odd * math.sin(angle)
+            turned[2 * pair + 1] = even * math.sin(angle) + odd * math.cos(angle)
+        return turned @ key, value
 
-    x = randn(batch, length, 2 * half * heads)
-    close(ours(x, causal=causal), naive_attention(ours, x, causal, None, turned))
+    return terms
+
+
+@pytest.mark.parametrize("positions", ["relative", "rotary"])
+@given(
+    seed=seeds,
+    causal=st.booleans(),
+    padded=st.booleans(),
+    other=st.none() | st.integers(1, MAX_LENGTH),
+    **sizes,
+)
+def test_attention_with_positions_is_the_double_loop(
+    positions, seed, causal, padded, other, batch, length, heads, half
+):
+    """Over its own positions, or over those of another text, counted from its start."""
+    generator = torch.manual_seed(seed)
+    dim = 2 * half * heads
+    ours = attention(dim, heads, positions=positions)
+    x = randn(batch, length, dim)
+    context = x if other is None else randn(batch, other, dim)
+    mask = padding(batch, context.shape[1], generator) if padded else None
+    out = ours(x, None if other is None else context, causal=causal, mask=mask)
+    terms = relative_terms(table_of(ours)) if positions == "relative" else rotary_terms(half)
+    close(out, naive_attention(ours, x, context, causal, mask, terms))
+
+
+def test_the_double_loop_notices_a_swapped_distance():
+    def swapped(terms):
+        return lambda q, k, v, i, j, head: terms(q, k, v, j, i, head)
+
+    x, ours = randn(1, 4, 6), attention(6, 3, positions="relative")
+    terms = swapped(relative_terms(table_of(ours)))
+    assert far(ours(x), naive_attention(ours, x, x, False, None, terms))
+    ours = attention(6, 3, positions="rotary")
+    assert far(ours(x), naive_attention(ours, x, x, False, None, swapped(rotary_terms(1))))
+
+
+def test_relative_attention_has_one_vector_per_head_and_distance():
+    assert table_of(attention(12, 3, positions="relative")).shape == (3, 2 * MAX_LENGTH - 1, 4)
 
 
 @given(seed=seeds, half=st.integers(1, 4), length=st.integers(2, 40))

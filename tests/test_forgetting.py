@@ -1,7 +1,5 @@
 """Biased memory normalisation: rows of length one, where they go, and how fast."""
 
-import math
-
 import pytest
 import torch
 from helpers import close, far, randn
@@ -31,7 +29,7 @@ def test_it_adds_v_and_divides_by_the_length(seed, strength, batch, slots, dim):
     for b in range(batch):
         for i in range(slots):
             moved = memory[b, i] + strength * norm.bias[i]
-            close(out[b, i], moved / math.sqrt(float(moved @ moved)))
+            close(out[b, i], moved / (moved @ moved).sqrt())
     close(out.norm(dim=-1), torch.ones(batch, slots).double())
 
 
@@ -139,3 +137,13 @@ def test_the_bias_starts_as_unit_vectors_and_strength_is_the_length_of_v(strengt
         pull.norm(dim=-1), torch.full((1, 5), strength), rtol=1e-3, atol=1e-5
     )
     torch.testing.assert_close(norm(zero)[0], norm.terminal(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_slot_that_the_bias_cancels_is_zero_and_not_nan(dtype):
+    norm = BiasedMemoryNorm(3, 4).to(dtype)
+    memory = -norm.bias.detach()[None]
+    out = norm(memory.requires_grad_())
+    assert not out.any()
+    out.sum().backward()
+    assert not memory.grad.isnan().any()

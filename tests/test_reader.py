@@ -65,9 +65,7 @@ def test_the_reference_notices_a_missing_layer_norm():
 
 
 @given(seed=seeds, normalise=st.booleans(), **sizes)
-def test_the_order_of_slots_means_nothing(
-    seed, normalise, batch, length, slots, heads, width
-):
+def test_the_order_of_slots_means_nothing(seed, normalise, batch, length, slots, heads, width):
     torch.manual_seed(seed)
     reader = reader_for(heads, width, normalise)
     x, memory = randn(batch, length, heads * width), randn(batch, slots, heads * width)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from memformer.writer import MemoryWriter
+from memformer.writer import MemoryWriter, keep_bias_for
 
 seeds = st.integers(0, 2**32 - 1)
 temperatures = st.floats(0.05, 4.0)
@@ -119,9 +119,7 @@ def test_the_loop_notices_a_wrong_temperature_a_projected_slot_and_a_swapped_bia
 
 
 @given(seed=seeds, keep_bias=biases, normalise=st.booleans(), **sizes)
-def test_no_slot_sees_another(
-    seed, keep_bias, normalise, batch, length, slots, heads, width
-):
+def test_no_slot_sees_another(seed, keep_bias, normalise, batch, length, slots, heads, width):
     """The derivative of one slot's new content to any other slot is exactly zero."""
     torch.manual_seed(seed)
     writer = writer_for(heads, width, 0.5, keep_bias, normalise)
@@ -158,9 +156,7 @@ def test_permuting_slots_permutes_what_is_written(
 
 
 @given(seed=seeds, keep_bias=biases, **sizes)
-def test_permuting_tokens_changes_nothing(
-    seed, keep_bias, batch, length, slots, heads, width
-):
+def test_permuting_tokens_changes_nothing(seed, keep_bias, batch, length, slots, heads, width):
     torch.manual_seed(seed)
     writer = writer_for(heads, width, 0.25, keep_bias)
     memory, x = randn(batch, slots, heads * width), randn(batch, length, heads * width)
@@ -173,9 +169,7 @@ def test_a_self_weight_of_one_keeps_a_slot_bit_for_bit(
 ):
     torch.manual_seed(seed)
     writer = writer_for(heads, width, 0.25, 0.0).to(dtype)
-    memory, x = (
-        randn(batch, n, heads * width).to(dtype) for n in (slots, length)
-    )
+    memory, x = (randn(batch, n, heads * width).to(dtype) for n in (slots, length))
     with torch.no_grad():
         writer.keep_bias.fill_(1e6)
     new, weights = writer(memory, x, return_weights=True)
@@ -241,3 +235,30 @@ def test_a_low_temperature_writes_the_best_match_alone(seed, heads, width):
     )
     best = weights.argmax(dim=-1, keepdim=True)
     assert (weights.gather(-1, best) > 1 - 1e-6).all()
+
+
+@given(
+    share=st.floats(0.01, 0.99),
+    length=st.integers(1, 200),
+    temperature=st.floats(0.05, 4.0),
+)
+def test_keep_bias_for_gives_the_self_weight_that_was_asked_for(share, length, temperature):
+    """Exactly, where no score differs from zero."""
+    bias = keep_bias_for(share, length, temperature)
+    writer = MemoryWriter(6, 2, temperature, keep_bias=0.0).double()
+    with torch.no_grad():
+        writer.query.weight.zero_()
+        writer.keep_bias.fill_(bias)
+    _, weights = writer(randn(1, 3, 6), randn(1, length, 6), return_weights=True)
+    close(weights[..., 0], torch.full((1, 2, 3), share, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_in_half_precision_weights_still_sum_to_one(dtype):
+    """The softmax over self and tokens is taken in 32 bits, so τ does not blow it up."""
+    writer = MemoryWriter(8, 2, 0.05, keep_bias=1.0).to(dtype)
+    memory, x = randn(2, 3, 8).to(dtype), randn(2, 60, 8).to(dtype)
+    new, weights = writer(memory, x, return_weights=True)
+    assert new.dtype == dtype
+    assert new.isfinite().all()
+    torch.testing.assert_close(weights.float().sum(dim=-1), torch.ones(2, 2, 3))

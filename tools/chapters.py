@@ -1,7 +1,7 @@
 """Run the chapters in place with stable diffs, and keep the repository's address in one place.
 
-    python tools/chapters.py run [NOTEBOOK …]    execute; keep nothing that changes by itself
-    python tools/chapters.py address             copy the address of _config.yml into first cells
+python tools/chapters.py run [NOTEBOOK …]    execute; keep nothing that changes by itself
+python tools/chapters.py address             copy the address of _config.yml into first cells
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 def run(path: Path) -> None:
     """Execute one notebook; drop timestamps, kernel details and empty fields before writing it."""
     notebook = nbformat.read(path, as_version=4)
+    where = {"metadata": {"path": path.parent}}
     NotebookClient(
-        notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": path.parent}}
+        notebook, timeout=900, kernel_name="python3", resources=where, coalesce_streams=True
     ).execute()
     notebook.metadata = nbformat.from_dict(
         {"kernelspec": KERNEL, "language_info": {"name": "python"}}
@@ -37,7 +38,9 @@ def address() -> str:
     """The repository's address, from the one place where it stands."""
     url = yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]["url"]
     if not re.fullmatch(r"https://[\w.-]+/[\w.-]+/[\w.-]+", url):
-        sys.exit(f"repository.url in _config.yml is {url!r}; https://host/owner/name is expected")
+        sys.exit(
+            f"repository.url in _config.yml is {url!r}; https://host/owner/name is expected"
+        )
     return str(url)
 
 
