@@ -19,7 +19,7 @@ from .model import MemoryTrace
 # %% auto #0
 __all__ = ['FILL', 'canvas', 'box', 'strip', 'arrow', 'note', 'heat', 'draw_writes', 'draw_reads']
 
-# %% ../book/figures.ipynb #4aececdb
+# %% ../book/figures.ipynb #2831c05d
 FILL = {  # what a box stands for → its colour, the same in every chapter
     "token": "#dbe9f6",
     "slot": "#fde3c8",
@@ -31,7 +31,7 @@ FILL = {  # what a box stands for → its colour, the same in every chapter
 
 
 def canvas(width: float, height: float) -> tuple[Figure, Axes]:
-    """An empty drawing `width × height` units large, one unit to the half inch, without axes."""
+    """An empty drawing without axes, `width × height` units of half an inch large."""
     figure, axes = plt.subplots(figsize=(width / 2, height / 2))
     axes.set(xlim=(0, width), ylim=(0, height), aspect="equal")
     axes.axis("off")

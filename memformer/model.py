@@ -248,7 +248,7 @@ class MemformerLM(nn.Module):
         memory: Tensor = self.stack(tokens, state, mask)[1]
         return memory
 
-# %% ../book/08_memformer.ipynb #cb55eeea
+# %% ../book/08_memformer.ipynb #6a1f5e0f
 class MemformerState(NamedTuple):
     """What the encoder–decoder carries: the memory, and the segment it encodes next."""
 
@@ -271,7 +271,7 @@ def carry(memory: Tensor, tokens: Tensor, mask: Tensor | None, length: int) -> M
 
 
 def check_state(state: MemformerState, batch_size: int, slots: int, like: Tensor) -> None:
-    """Raise unless `state` is a `MemformerState` of this batch size whose memory fits `like`."""
+    """`TypeError` for what is no `MemformerState`; and all that `check_memory` raises."""
     if not isinstance(state, MemformerState):
         raise TypeError(
             f"state is of type {type(state).__name__}; a MemformerState is expected. Begin "
@@ -377,9 +377,9 @@ def recorded_weights(model: nn.Module) -> Iterator[dict[nn.Module, list[Tensor]]
         for module, mode in modes.items():
             module.training = mode
 
-# %% ../book/08_memformer.ipynb #ee798b96
+# %% ../book/08_memformer.ipynb #d7298895
 def stack_padded(weights: list[Tensor]) -> Tensor:
-    """`(…, a, b)` tensors on a new first axis, the last two padded with zeros to the longest."""
+    """`(…, a, b)` tensors on a new first axis, padded with zeros to the longest a and b."""
     a, b = (max(w.shape[d] for w in weights) for d in (-2, -1))
     return torch.stack([F.pad(w, (0, b - w.shape[-1], 0, a - w.shape[-2])) for w in weights])
 

@@ -51,11 +51,11 @@ def load_weights(name: str) -> dict[str, Tensor]:
         raise FileNotFoundError(f"no weights for {name!r} in {path.parent.name}/")
     return load_file(path)
 
-# %% ../book/status.ipynb #be8afb48
+# %% ../book/status.ipynb #3a60d269
 def save_record(
     folder: Path, name: str, record: dict[str, Any], weights: dict[str, Tensor] | None = None
 ) -> None:
-    """Write `runs/NAME.json`, and `weights/NAME.safetensors` if there are any, under `folder`."""
+    """Write `runs/NAME.json`, and `weights/NAME.safetensors` if given, under `folder`."""
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         files = {Path(scratch) / "record": folder / "runs" / f"{name}.json"}
         (Path(scratch) / "record").write_text(json.dumps(record) + "\n")
@@ -68,10 +68,13 @@ def save_record(
 
 
 def describe_machine() -> dict[str, Any]:
-    """What a record says of where it ran: device, threads, versions and the commit of the code."""
+    """What a record says of where it ran: device, threads, versions, commit of the code."""
     cuda = torch.cuda.is_available()
     git = ["git", "-C", str(Path(memformer.__file__).parent), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:  # there is no git
+        commit = ""
     return {
         "device": torch.cuda.get_device_name() if cuda else f"CPU, {os.cpu_count()} cores",
         "threads": torch.get_num_threads(),

@@ -461,9 +461,9 @@ def test_noise_of_another_kind(value):
 @given(value=not_finite | st.floats(-9, 0) | st.floats(1, 9))
 def test_a_threshold_that_is_no_share(value):
     with refused(f"threshold is {value}", "between 0 and 1"):
-        Curriculum(2, 3, threshold=value)
-    with refused("pairs is 17", "1…16"):
-        Curriculum(17, 3)
+        Curriculum(RecallTask(2, 3), threshold=value)
+    with refused("start is 4", "2…3"):
+        Curriculum(RecallTask(2, 3), start=4)
 
 
 @given(batch=not_positive)

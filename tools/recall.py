@@ -34,7 +34,9 @@ def train(recipe: dict[str, Any]) -> tuple[dict[str, Any], MemformerLM]:
         forget = model.stack.forget
         forget.bias.data.mul_(forget.strength)
         forget.strength = 1.0
-    curriculum = Curriculum(**recipe["task"], seed=recipe["seed"])
+    task = dict(recipe["task"])
+    start_at = task.pop("start", 2)
+    curriculum = Curriculum(RecallTask(**task), start=start_at, seed=recipe["seed"])
     optimiser = torch.optim.AdamW(
         model.parameters(), lr=recipe["lr"], betas=(0.9, 0.99), weight_decay=0.01
     )
