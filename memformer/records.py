@@ -51,7 +51,7 @@ def load_weights(name: str) -> dict[str, Tensor]:
         raise FileNotFoundError(f"no weights for {name!r} in {path.parent.name}/")
     return load_file(path)
 
-# %% ../book/status.ipynb #3a60d269
+# %% ../book/status.ipynb #9b543053
 def save_record(
     folder: Path, name: str, record: dict[str, Any], weights: dict[str, Tensor] | None = None
 ) -> None:
@@ -61,7 +61,8 @@ def save_record(
         (Path(scratch) / "record").write_text(json.dumps(record) + "\n")
         if weights is not None:
             files[Path(scratch) / "weights"] = folder / "weights" / f"{name}.safetensors"
-            save_file(weights, Path(scratch) / "weights")
+            packed = {key: value.contiguous() for key, value in weights.items()}
+            save_file(packed, Path(scratch) / "weights")
         for new, path in files.items():
             path.parent.mkdir(exist_ok=True)
             os.replace(new, path)

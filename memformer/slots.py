@@ -12,7 +12,7 @@ from torch import Tensor
 # %% auto #0
 __all__ = ['separate_slots', 'slot_similarity', 'effective_slots', 'check_memory']
 
-# %% ../book/04_slots.ipynb #75bd454e
+# %% ../book/04_slots.ipynb #df3d3c2d
 def separate_slots(
     num_slots: int, dim: int, generator: torch.Generator | None = None
 ) -> Tensor:
@@ -27,8 +27,10 @@ def separate_slots(
         raise ValueError(f"num_slots is {num_slots} and dim is {dim}; both must be at least 1")
     sets = -(-num_slots // dim)
     gaussian = torch.randn(sets, dim, dim, generator=generator)
-    slots: Tensor = torch.linalg.qr(gaussian).Q.flatten(0, 1)[:num_slots]
-    return slots
+    factor = torch.linalg.qr(gaussian)
+    # The routine fixes the signs of R; giving them back makes the sets uniformly random.
+    slots: Tensor = factor.Q * factor.R.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
+    return slots.flatten(0, 1)[:num_slots].contiguous()
 
 # %% ../book/04_slots.ipynb #6d7d73bb
 def _unit_slots(memory: Tensor) -> Tensor:

@@ -100,11 +100,11 @@ def ablate(recipe: dict[str, Any], trials: int) -> dict[str, Any]:
             }
             record, model = train({**variant, "learn_v": change.get("learn_v"), "seed": seed})
             scores = frontier(model, variant, trials)
-            v = model.stack.forget.strength * model.stack.forget.bias.norm(dim=-1).mean()
+                v = model.stack.forget.strength * model.stack.forget.bias.norm(dim=-1).mean()
             row = {"variant": name, "seed": seed, "curve": record["curve"]["rows"]}
             row |= {"accuracy": scores["accuracy"][0], "wiped": scores["wiped"][0]}
             results.append(
-                row | {"length_of_v": round(float(v), 4), "seconds": record["seconds"]}
+                row | {"length_of_v": round(float(v.detach()), 4), "seconds": record["seconds"]}
             )
     return {
         "what": recipe["what"],
