@@ -20,7 +20,7 @@ KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
 
 def run(path: Path) -> None:
-    """Execute one notebook; drop timestamps, kernel details and empty fields before writing it."""
+    """Execute one notebook, and write it back without timestamps and kernel details."""
     notebook = nbformat.read(path, as_version=4)
     where = {"metadata": {"path": path.parent}}
     NotebookClient(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -91,21 +92,25 @@ def frontier(model: MemformerLM, recipe: dict[str, Any], trials: int) -> dict[st
 def ablate(recipe: dict[str, Any], trials: int) -> dict[str, Any]:
     """Train every variant with every seed; the record holds the curve and scores of each."""
     start, results = time.perf_counter(), []
-    for name, change in recipe["variants"].items():
-        for seed in recipe["seeds"]:
-            print(name, seed, flush=True)
-            variant = {
-                k: {**v, **change.get(k, {})} if isinstance(v, dict) else v
-                for k, v in recipe.items()
+    for (name, change), seed in product(recipe["variants"].items(), recipe["seeds"]):
+        print(name, seed, flush=True)
+        variant = {**recipe, **change, "seed": seed}
+        for part in ("model", "task"):
+            variant[part] = {**recipe[part], **change.get(part, {})}
+        record, model = train(variant)
+        scores, forget = frontier(model, variant, trials), model.stack.forget
+        length = forget.strength * forget.bias.detach().norm(dim=-1).mean()
+        results.append(
+            {
+                "variant": name,
+                "seed": seed,
+                "curve": record["curve"]["rows"],
+                "accuracy": scores["accuracy"][0],
+                "wiped": scores["wiped"][0],
+                "length_of_v": round(float(length), 4),
+                "seconds": record["seconds"],
             }
-            record, model = train({**variant, "learn_v": change.get("learn_v"), "seed": seed})
-            scores = frontier(model, variant, trials)
-                v = model.stack.forget.strength * model.stack.forget.bias.norm(dim=-1).mean()
-            row = {"variant": name, "seed": seed, "curve": record["curve"]["rows"]}
-            row |= {"accuracy": scores["accuracy"][0], "wiped": scores["wiped"][0]}
-            results.append(
-                row | {"length_of_v": round(float(v.detach()), 4), "seconds": record["seconds"]}
-            )
+        )
     return {
         "what": recipe["what"],
         "recipe": recipe,
