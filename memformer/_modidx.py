@@ -29,8 +29,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'memformer.costs.SavedBytes.__enter__': ('why_memory.html#savedbytes.__enter__', 'memformer/costs.py'),
                                  'memformer.costs.SavedBytes.__exit__': ('why_memory.html#savedbytes.__exit__', 'memformer/costs.py'),
                                  'memformer.costs.SavedBytes.__init__': ('why_memory.html#savedbytes.__init__', 'memformer/costs.py'),
-                                 'memformer.costs.SavedBytes._address': ('why_memory.html#savedbytes._address', 'memformer/costs.py'),
-                                 'memformer.costs.SavedBytes._pack': ('why_memory.html#savedbytes._pack', 'memformer/costs.py'),
                                  'memformer.costs.SavedBytes.total': ('why_memory.html#savedbytes.total', 'memformer/costs.py'),
                                  'memformer.costs.cache_bytes': ('why_memory.html#cache_bytes', 'memformer/costs.py'),
                                  'memformer.costs.seconds': ('why_memory.html#seconds', 'memformer/costs.py'),

@@ -15,7 +15,7 @@ from torch import Tensor
 # %% auto #0
 __all__ = ['SavedBytes', 'seconds', 'cache_bytes', 'slot_bytes']
 
-# %% ../book/01_why_memory.ipynb #f6a9a15c
+# %% ../book/01_why_memory.ipynb #39db4494
 class SavedBytes:
     """Count the bytes that autograd keeps for the backward pass in a `with` block.
 
@@ -26,18 +26,17 @@ class SavedBytes:
 
     def __init__(self, *ignore: Tensor) -> None:
         # Held, because the address of a freed storage may be given out again.
-        self.ignored = {self._address(t): t.untyped_storage() for t in ignore}
-        self.storages: dict[int, torch.UntypedStorage] = {}
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda saved: saved)
+        ignored = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in ignore}
+        storages: dict[int, torch.UntypedStorage] = {}
 
-    @staticmethod
-    def _address(tensor: Tensor) -> int:
-        return tensor.untyped_storage().data_ptr()
+        def pack(tensor: Tensor) -> Tensor:  # without `self`, which would close a cycle
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in ignored:
+                storages[storage.data_ptr()] = storage
+            return tensor.detach()  # the tensor itself would close another, and leak
 
-    def _pack(self, tensor: Tensor) -> Tensor:
-        if self._address(tensor) not in self.ignored:
-            self.storages[self._address(tensor)] = tensor.untyped_storage()
-        return tensor.detach()  # the tensor itself would close a cycle and leak
+        self.storages = storages
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved)
 
     def __enter__(self) -> SavedBytes:
         self.hooks.__enter__()

@@ -35,7 +35,7 @@ def split_segments(tokens: Tensor, length: int) -> tuple[Tensor, ...]:
         raise ValueError("the stream is empty; at least one token is needed")
     return torch.split(tokens, length, dim=1)
 
-# %% ../book/02_segments.ipynb #26b41cf2
+# %% ../book/02_segments.ipynb #5852b806
 # A tensor, or a tuple or NamedTuple of states; `()` for a model that carries nothing.
 State = Any
 
@@ -55,7 +55,7 @@ class SegmentModel(Protocol):
     def advance(self, tokens: Tensor, state: State) -> State:
         """The next state alone."""
 
-# %% ../book/02_segments.ipynb #9b1b89f7
+
 def run_segments(
     model: SegmentModel, tokens: Tensor, length: int, state: State | None = None
 ) -> tuple[Tensor, State]:
@@ -71,7 +71,7 @@ def run_segments(
         scores.append(logits)
     return torch.cat(scores, dim=1), state
 
-# %% ../book/02_segments.ipynb #1ff527c2
+# %% ../book/02_segments.ipynb #8ceba371
 def map_state(fn: Callable[..., Tensor], state: State, *others: State) -> State:
     """Apply `fn` to every tensor of a nested state, together with its fellows in `others`.
 
@@ -92,7 +92,7 @@ def detach_state(state: State) -> State:
     """The same state cut off from the graph that produced it."""
     return map_state(Tensor.detach, state)
 
-# %% ../book/02_segments.ipynb #de6d02c1
+
 def reset_state(state: State, fresh: State, reset: Tensor) -> State:
     """Rows of `fresh` where `reset (B,)` is True, rows of `state` elsewhere.
 
@@ -164,7 +164,7 @@ class Corpus:
             digest.update(document.numpy().astype("<u4").tobytes())
         return digest.hexdigest()
 
-# %% ../book/02_segments.ipynb #e064c04b
+# %% ../book/02_segments.ipynb #8928cbb1
 IGNORE = -100  # the target that torch.nn.functional.cross_entropy leaves out
 
 
@@ -176,7 +176,7 @@ class Segment(NamedTuple):
     mask: Tensor  # (B, L) bool, True where `tokens` is real and False where it is padding
     reset: Tensor  # (B,) bool, True where a new document begins, so the state starts afresh
 
-# %% ../book/02_segments.ipynb #0bcc0c3f
+
 def count_segments(tokens: int, length: int) -> int:
     """How many segments of `length` hold so many `tokens`, the last perhaps padded."""
     return -(-tokens // length)

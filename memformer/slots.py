@@ -12,7 +12,7 @@ from torch import Tensor
 # %% auto #0
 __all__ = ['separate_slots', 'slot_similarity', 'effective_slots', 'check_memory']
 
-# %% ../book/04_slots.ipynb #df3d3c2d
+# %% ../book/04_slots.ipynb #db0b5a37
 def separate_slots(
     num_slots: int, dim: int, generator: torch.Generator | None = None
 ) -> Tensor:
@@ -26,10 +26,9 @@ def separate_slots(
     if num_slots < 1 or dim < 1:
         raise ValueError(f"num_slots is {num_slots} and dim is {dim}; both must be at least 1")
     sets = -(-num_slots // dim)
-    gaussian = torch.randn(sets, dim, dim, generator=generator)
-    factor = torch.linalg.qr(gaussian)
-    # The routine fixes the signs of R; giving them back makes the sets uniformly random.
-    slots: Tensor = factor.Q * factor.R.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
+    q, r = torch.linalg.qr(torch.randn(sets, dim, dim, generator=generator))
+    # The routine has its own rule for signs; with those of R the sets are uniformly random.
+    slots: Tensor = q * r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
     return slots.flatten(0, 1)[:num_slots].contiguous()
 
 # %% ../book/04_slots.ipynb #6d7d73bb

@@ -237,3 +237,46 @@ def test_dropout_acts_in_training_only(positions):
     assert torch.equal(ours(x), ours(x))
     ours.train()
     assert far(ours(x), ours(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("positions", ["none", "rotary", "relative"])
+def test_narrow_numbers_come_back_narrow_and_near(positions, dtype):
+    ours = attention(12, 3, positions=positions).to(dtype)
+    x, mask = randn(2, 7, 12).to(dtype), torch.arange(7) < torch.tensor([[7], [4]])
+    out = ours(x, causal=True, mask=mask)
+    assert out.dtype == dtype
+    expected = ours.double()(x.double(), causal=True, mask=mask)
+    assert (out - expected).abs().max() < 40 * torch.finfo(dtype).eps * (
+        1 + expected.abs().max()
+    )
+
+
+@pytest.mark.parametrize("positions", ["none", "rotary", "relative"])
+@given(seed=seeds, shift=st.integers(1, MAX_LENGTH - 1), causal=st.booleans())
+def test_padding_on_the_left_is_a_shift(positions, seed, shift, causal):
+    torch.manual_seed(seed)
+    ours, length = attention(12, 3, positions=positions), MAX_LENGTH - shift
+    x, noise = randn(2, length, 12), randn(2, shift, 12)
+    mask = (torch.arange(MAX_LENGTH) >= shift).expand(2, -1)
+    out = ours(torch.cat((noise, x), dim=1), causal=causal, mask=mask)
+    close(out[:, shift:], ours(x, causal=causal))
+
+
+@given(seed=seeds, start=st.integers(0, 10_000), half=st.integers(1, 4))
+def test_rotary_positions_can_begin_anywhere(seed, start, half):
+    torch.manual_seed(seed)
+    x = randn(1, 2, 9, 2 * half)
+    later = torch.cat((torch.zeros(1, 2, start % 50, 2 * half).double(), x), dim=2)
+    close(rotate(x, start=start % 50), rotate(later)[:, :, start % 50 :])
+    scores, moved = (rotate(x, start=s) @ rotate(x, start=s).mT for s in (0, start))
+    torch.testing.assert_close(moved, scores, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.uint8])
+@pytest.mark.parametrize("positions", ["none", "rotary", "relative"])
+def test_a_mask_is_boolean(positions, dtype):
+    ours, x = attention(12, 3, positions=positions), randn(2, 5, 12)
+    for causal in (True, False):
+        with pytest.raises(ValueError, match=rf"{dtype}.*torch\.bool \(2, 5\)"):
+            ours(x, causal=causal, mask=torch.ones(2, 5, dtype=dtype))

@@ -1,5 +1,8 @@
 """Costs that are counted are counted right."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from hypothesis import given
@@ -87,3 +90,37 @@ def test_seconds_calls_once_more_than_it_counts(repeats):
     calls = []
     assert seconds(lambda: calls.append(0), repeats) >= 0
     assert len(calls) == repeats + 1
+
+
+@pytest.fixture
+def without_collector():
+    """Only reference counts free anything: a cycle is a leak."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("without_collector")
+def test_a_count_and_what_it_holds_are_freed_at_once():
+    x = torch.randn(5, requires_grad=True)
+    with SavedBytes(x) as saved:
+        y = x.exp()
+    never = SavedBytes()
+    entered, unused, result = weakref.ref(saved), weakref.ref(never), weakref.ref(y)
+    del saved, y, never
+    assert entered() is None
+    assert unused() is None
+    assert result() is None  # if its own node held it, both would stay
+
+
+@given(rows=sizes, columns=sizes)
+def test_of_nested_counts_the_inner_one_counts(rows, columns):
+    x = torch.randn(rows, columns, dtype=torch.float64, requires_grad=True)
+    with SavedBytes() as outer:
+        x.exp()
+        with SavedBytes() as inner:
+            x.exp() + x.sin()  # the result of one, the argument of the other
+        x.exp()
+    size = 8 * rows * columns
+    assert inner.total == 2 * size
+    assert outer.total == 2 * size

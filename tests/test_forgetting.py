@@ -1,5 +1,7 @@
 """Biased memory normalisation: rows of length one, where they go, and how fast."""
 
+import math
+
 import pytest
 import torch
 from helpers import close, far, randn
@@ -147,3 +149,90 @@ def test_a_slot_that_the_bias_cancels_is_zero_and_not_nan(dtype):
     assert not out.any()
     out.sum().backward()
     assert not memory.grad.isnan().any()
+
+
+@given(seed=seeds, strength=strengths, **sizes)
+def test_a_row_of_zeros_goes_to_its_terminal_state(seed, strength, batch, slots, dim):
+    torch.manual_seed(seed)
+    norm, memory = norm_for(slots, dim, strength), randn(batch, slots, dim)
+    memory[:, 0] = 0
+    out = norm(memory)
+    close(out[:, 0], norm.terminal()[0].expand(batch, dim))
+    close(out.norm(dim=-1), torch.ones(batch, slots).double())
+
+
+@given(seed=seeds, **sizes, more=st.sampled_from([(1, 0), (0, 1), (2, 3)]))
+def test_another_number_of_slots_or_another_width_is_refused(seed, batch, slots, dim, more):
+    """Also where broadcasting would have made something of it."""
+    norm = norm_for(slots, dim)
+    for shape in ((batch, slots + more[0], dim + more[1]), (batch, 1, dim + 1), (dim + 1,)):
+        with pytest.raises(ValueError, match="slots, width"):
+            norm(randn(*shape))
+    if slots > 1:
+        with pytest.raises(ValueError, match="slots, width"):
+            norm(randn(batch, 1, dim))
+
+
+@given(seed=seeds, strength=strengths, **sizes)
+def test_the_gradient_of_the_bias_is_strength_times_that_of_v(
+    seed, strength, batch, slots, dim
+):
+    """Along both paths: as what is added, and as where slots start."""
+    torch.manual_seed(seed)
+    norm, weights = norm_for(slots, dim, strength), randn(batch, slots, dim)
+    memory = randn(batch, slots, dim)
+    v = (strength * norm.bias).detach().requires_grad_()
+
+    def loss(start, step):
+        return (step(memory + step(start)) * weights).sum()
+
+    loss(norm.initial(batch), norm).backward()
+
+    def by_hand(m):
+        moved = m + v
+        return moved / moved.norm(dim=-1, keepdim=True)
+
+    loss((v / v.norm(dim=-1, keepdim=True)).expand(batch, -1, -1), by_hand).backward()
+    torch.testing.assert_close(norm.bias.grad, strength * v.grad, rtol=1e-7, atol=1e-9)
+
+
+@given(
+    seed=seeds,
+    angle=st.floats(0.2, 2.5),
+    strength=st.floats(0.01, 2.0),
+    steps=st.integers(1, 12),
+    dim=st.integers(3, 6),
+)
+def test_an_idle_slot_hands_back_as_much_gradient_as_it_keeps_content(
+    seed, angle, strength, steps, dim
+):
+    """‖∂m_T/∂m_0‖ = sin θ_T / sin θ_0, in the directions in which a unit slot can move."""
+    torch.manual_seed(seed)
+    norm = BiasedMemoryNorm(1, dim, strength=strength).double()
+    with torch.no_grad():
+        norm.bias.copy_(torch.nn.functional.normalize(norm.bias, dim=-1))
+    home = norm.bias.detach()[0]
+    aside = torch.nn.functional.normalize((v := randn(dim)) - (v @ home) * home, dim=0)
+    start = math.cos(angle) * home + math.sin(angle) * aside
+
+    def idle(m):
+        m = m.view(1, 1, dim)
+        for _ in range(steps):
+            m = norm(m)
+        return m.flatten()
+
+    jacobian = torch.autograd.functional.jacobian(idle, start)
+    across = torch.eye(dim).double() - torch.outer(start, start)
+    sizes = torch.linalg.svdvals(jacobian @ across)
+    end = drift_angle(torch.tensor(angle, dtype=torch.float64), strength, steps)
+    ratio = torch.sin(end) / math.sin(angle)
+    torch.testing.assert_close(sizes[: dim - 1].max(), ratio, rtol=1e-6, atol=1e-9)
+
+
+def test_a_float32_bias_keeps_the_memory_in_float32():
+    norm = BiasedMemoryNorm(3, 4, strength=0.01)
+    assert norm(torch.randn(2, 3, 4).bfloat16()).dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        out = norm(torch.randn(2, 3, 4))
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out.norm(dim=-1), torch.ones(2, 3))

@@ -30,7 +30,14 @@ from memformer.model import (
     memory_of,
     trace,
 )
-from memformer.segments import detach_state, reset_state, run_segments, split_segments
+from memformer.segments import (
+    Corpus,
+    DocumentStreams,
+    detach_state,
+    reset_state,
+    run_segments,
+    split_segments,
+)
 from memformer.writer import MemoryWriter, keep_bias_for
 
 every_model = pytest.mark.parametrize("model", MODELS)
@@ -165,7 +172,55 @@ def test_at_the_start_the_keep_init_keeps_and_the_paper_init_does_not():
         net = MemformerLM(config).eval()
         record = trace(net, tokens_for(net, 8, 64).split(64, 1), net.initial_state(8))
         kept[init] = float(record.self_weight.mean())
-    assert kept["keep"] > 0.4 > 0.05 > kept["paper"]  # 0.8 and 1/65 in the middle
+    assert kept["keep"] > 0.4 > 0.05 > kept["paper"]  # about 0.77 and 1/65
+
+
+@every_model
+@settings(max_examples=10)
+@given(seed=seeds, length=st.integers(1, 40), temperature=st.floats(0.05, 2.0))
+def test_without_a_keep_bias_a_slot_keeps_four_fifths_between_equal_scores(
+    model, seed, length, temperature
+):
+    torch.manual_seed(seed)
+    net = build(model, keep_bias=None, segment_length=length, temperature=temperature)
+    writer = stack_of(net).writer
+    torch.nn.init.zeros_(writer.query.weight)
+    _, weights = writer(randn(2, 5, 12), randn(2, length, 12), return_weights=True)
+    kept = torch.full((2, 2, 5), 0.8).double()
+    torch.testing.assert_close(weights[..., 0], kept, rtol=1e-5, atol=0)  # rounded to float32
+    assert writer.keep_bias.requires_grad
+
+
+@pytest.mark.parametrize("value", [True, False])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vocab_size",
+        "dim",
+        "num_heads",
+        "writer_heads",
+        "ffn_dim",
+        "encoder_layers",
+        "decoder_layers",
+        "num_slots",
+        "segment_length",
+        "start_token",
+        "keep_bias",
+    ],
+)
+def test_true_and_false_are_no_numbers(name, value):
+    with pytest.raises(ValueError, match=f"{name} is {value}"):
+        small_config(**{name: value})
+
+
+@given(pairs=st.integers(0, 4), heads=st.integers(1, 4))
+def test_rotary_positions_of_odd_heads_are_refused_with_the_settings(pairs, heads):
+    odd = 2 * pairs + 1
+    sizes = {"dim": odd * heads, "num_heads": heads, "writer_heads": 1}
+    with pytest.raises(ValueError, match=f"{odd} features a head.*even"):
+        small_config(**sizes, positions="rotary")
+    for positions in ("relative", "none"):
+        small_config(**sizes, positions=positions)
 
 
 # --- order in time --------------------------------------------------------------------------
@@ -508,6 +563,27 @@ def test_traced_writes_rebuild_the_memory(init):
         close(moved * scale, after)
 
 
+@segment_models
+@settings(max_examples=8)
+@given(seed=seeds, lengths=st.lists(st.integers(1, 25), min_size=2, max_size=6))
+def test_a_trace_of_document_streams_is_the_loop_with_masks_and_resets(model, seed, lengths):
+    torch.manual_seed(seed)
+    net = build(model)
+    documents = tuple(torch.randint(22, (n,)) for n in lengths)
+    segments = list(DocumentStreams(Corpus("made up", "train", documents, 22), 2, 7))
+    record = trace(net, segments, wander(net, net.initial_state(2)))  # resets begin all afresh
+    lanes, resets = [net.initial_state(1)] * 2, 0
+    for t, segment in enumerate(segments):
+        for lane in range(2):  # each lane alone, so that nothing can be mixed up
+            row = slice(lane, lane + 1)
+            before = net.initial_state(1) if segment.reset[lane] else lanes[lane]
+            lanes[lane] = net(segment.tokens[row], before, segment.mask[row])[1]
+            close(record.memories[t + 1][row], memory_in(lanes[lane]))
+            resets += int(segment.reset[lane])
+    close(record.memories[0], memory_in(net.initial_state(2)))
+    assert resets == len(documents)
+
+
 def test_padding_is_not_written_in_a_trace():
     net = build(Memformer)
     record = trace(net, [tokens_for(net, 2, 3)] * 2, net.initial_state(2))
@@ -525,6 +601,22 @@ def test_a_trace_leaves_no_hook_after_an_error_and_changes_nothing(model):
         trace(net, [tokens, bad], net.initial_state(2))
     assert hooks_in(net) == 0
     assert torch.equal(net(tokens, net.initial_state(2))[0], expected)
+
+
+@every_model
+def test_a_trace_gives_every_module_its_own_training_flag_back(model):
+    net = build(model, dropout=0.5).train()
+    stack_of(net).layers[0].eval()  # frozen, as in fine-tuning
+    stack_of(net).writer.eval()
+    flags = {name: module.training for name, module in net.named_modules()}
+    assert len(set(flags.values())) == 2
+    tokens, bad = tokens_for(net, 2, 4), torch.full((2, 4), 99)
+    once, again = (trace(net, [tokens], net.initial_state(2)) for _ in range(2))
+    assert torch.equal(once.memories, again.memories)  # no dropout inside
+    assert flags == {name: module.training for name, module in net.named_modules()}
+    with pytest.raises(ValueError, match="99"):
+        trace(net, [tokens, bad], net.initial_state(2))
+    assert flags == {name: module.training for name, module in net.named_modules()}
 
 
 # --- copies, precision, compilation ---------------------------------------------------------

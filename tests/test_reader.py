@@ -100,3 +100,25 @@ def test_dropout_acts_in_training_only():
     assert torch.equal(reader(x, memory), reader(x, memory))
     reader.train()
     assert far(reader(x, memory), reader(x, memory))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_reading_in_half_precision_is_near_and_of_that_dtype(dtype):
+    reader = reader_for(2, 4, normalise=True)
+    x, memory = randn(2, 4, 8).to(dtype), torch.nn.functional.normalize(randn(2, 5, 8), dim=-1)
+    exact, exact_weights = reader(x.double(), memory.to(dtype).double(), return_weights=True)
+    read, weights = reader.to(dtype)(x, memory.to(dtype), return_weights=True)
+    assert read.dtype == weights.dtype == dtype
+    torch.testing.assert_close(read.double(), exact, rtol=0.1, atol=0.15)
+    torch.testing.assert_close(weights.double(), exact_weights, rtol=0.1, atol=0.05)
+
+
+def test_under_autocast_a_float32_memory_is_read_and_gets_a_float32_gradient():
+    reader = reader_for(2, 4, normalise=True).float()
+    x, memory = torch.randn(2, 4, 8), torch.randn(2, 5, 8).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        read = reader(x, memory)
+    read.float().square().sum().backward()
+    assert memory.grad.dtype == torch.float32
+    assert memory.grad.isfinite().all()
+    torch.testing.assert_close(read.float(), reader(x, memory), rtol=0.1, atol=0.15)

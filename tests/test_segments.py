@@ -13,6 +13,7 @@ from memformer.segments import (
     IGNORE,
     Corpus,
     DocumentStreams,
+    _articles,
     detach_state,
     load_corpus,
     map_state,
@@ -99,6 +100,25 @@ def test_reset_takes_whole_rows_with_their_gradients():
         assert torch.equal(to_new.flatten(1).any(1) if new.ndim > 1 else to_new.bool(), reset)
 
 
+def test_a_reset_needs_a_row_for_every_flag():
+    for rows, flags in ((3, 2), (2, 3), (1, 3)):
+        state = map_state(lambda t, n=rows: t[:1].expand(n, *t.shape[1:]), nested(1))
+        with pytest.raises(ValueError, match=rf"reset \({flags},\)"):
+            reset_state(state, state, torch.ones(flags, dtype=torch.bool))
+    with pytest.raises(ValueError, match="fresh one"):  # never broadcast in silence
+        reset_state(nested(3), nested(1), torch.ones(3, dtype=torch.bool))
+
+
+def test_states_of_other_nestings_are_refused():
+    state, reset = nested(2), torch.tensor([True, False])
+    for other in (state.left, (state.left, state.right[0]), (state.left, (*state.right, ()))):
+        kind = ValueError if isinstance(other, tuple) and len(other[1]) == 4 else TypeError
+        with pytest.raises(kind):
+            reset_state(state, other, reset)
+        with pytest.raises(kind):
+            map_state(torch.add, other, state)
+
+
 class Counter:
     """A segment model that says how much it has read."""
 
@@ -171,6 +191,20 @@ def test_lanes_are_even_in_segments_and_not_in_documents():
     assert len(DocumentStreams(corpus, 2, 2)) == 10  # 10 beside 1 + 1 + 1 + 1 + 1
 
 
+@given(lists=documents, more=st.integers(1, 4), length=st.integers(1, 6))
+def test_lanes_without_a_document_are_padding_throughout(lists, more, length):
+    full = sum(bool(ids) for ids in lists)
+    streams = DocumentStreams(corpus_of(lists), full + more, length)
+    assert len(streams) == max(-(-len(ids) // length) for ids in lists)
+    mask, reset = (
+        torch.stack(field) for field in zip(*((s.mask, s.reset) for s in streams), strict=True)
+    )
+    reads = mask.any(dim=0).any(dim=-1)
+    assert int(reads.sum()) == full
+    assert torch.equal(reset.any(dim=0), reads)
+    assert int(mask.sum()) == sum(map(len, lists))
+
+
 @given(lists=documents, order=st.integers(0, 999))
 def test_the_order_is_reproducible_and_a_pass_can_be_repeated(lists, order):
     first, again = (DocumentStreams(corpus_of(lists), 2, 3, order) for _ in range(2))
@@ -235,7 +269,7 @@ def test_the_python_reference_is_text_and_its_splits_share_no_paragraph():
     texts = [[bytes(d.tolist()).decode() for d in c.documents] for c in (train, test)]
     assert any("keyword" in text for text in texts[0])
     seen, held_out = (
-        {" ".join(p.split()) for text in split for p in text.split("\n\n") if len(p) >= 80}
+        {" ".join(p.split()) for text in split for p in text.split("\n\n") if len(p) >= 40}
         for split in texts
     )
     assert len(held_out) > 10
@@ -256,3 +290,42 @@ def test_a_corpus_is_the_same_each_time():
     for name in ("digits", "python-reference"):
         assert load_corpus(name).sha256() == load_corpus(name).sha256()
         assert load_corpus(name).sha256() != load_corpus(name, "test").sha256()
+
+
+@given(ids=st.sets(st.integers(0, 2**20), min_size=2, max_size=6), low=st.integers(0, 65535))
+def test_no_two_ids_share_a_digest(ids, low):
+    ids |= {low, low + 65536}  # alike in their last two bytes
+    digests = {Corpus("a", "b", (torch.tensor([i]),), 2**21).sha256() for i in ids}
+    assert len(digests) == len(ids)
+
+
+def test_no_two_topics_of_the_python_reference_share_a_paragraph():
+    splits = [load_corpus("python-reference", split) for split in ("train", "test")]
+    counts = defaultdict(int)
+    for document in (d for corpus in splits for d in corpus.documents):
+        text = bytes(document.tolist()).decode()
+        for paragraph in {" ".join(p.split()) for p in text.split("\n\n") if len(p) >= 40}:
+            counts[paragraph] += 1
+    assert len(counts) > 100
+    assert set(counts.values()) == {1}
+
+
+ONE = [" = One = \n", "", " some text \n", "", " = = Part = = \n", "", " more \n"]
+TWO = [" = Two = \n", "", " a sum \n", " = 1 + 1 \n", ""]
+
+
+@pytest.mark.parametrize("blank", [0, 1, 2])
+def test_articles_begin_at_a_title_between_empty_lines(blank):
+    lines = [""] * blank + ONE + [""] + TWO
+    articles = [text for text in _articles(lines) if text.strip()]
+    assert articles == ["".join(ONE), "".join(TWO)]
+
+
+@pytest.mark.parametrize("before", ["", " text \n"])
+@pytest.mark.parametrize("after", ["", " text \n"])
+def test_a_formula_is_no_title(before, after):
+    """A line that begins with the sign, and is not alone, belongs to the text."""
+    lines = [*ONE, "", before, " = x + y \n", after]
+    alone = not before and not after
+    assert len([text for text in _articles(lines) if text.strip()]) == 1 + alone
+    assert "".join(_articles(lines)) == "".join(lines)

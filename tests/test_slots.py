@@ -8,7 +8,7 @@ from helpers import close, randn
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memformer.slots import effective_slots, separate_slots, slot_similarity
+from memformer.slots import check_memory, effective_slots, separate_slots, slot_similarity
 
 seeds = st.integers(0, 2**32 - 1)
 
@@ -79,3 +79,52 @@ def test_permuting_slots_changes_neither():
     memory, order = randn(2, 5, 8), torch.randperm(5)
     close(slot_similarity(memory[:, order]), slot_similarity(memory)[:, order][:, :, order])
     torch.testing.assert_close(effective_slots(memory[:, order]), effective_slots(memory))
+
+
+@given(seed=seeds, sets=st.integers(1, 4), dim=st.integers(1, 8))
+def test_more_slots_than_the_width_are_worth_the_width(seed, sets, dim):
+    torch.manual_seed(seed)
+    start = separate_slots(sets * dim, dim).double()
+    assert float(effective_slots(start[None])) == pytest.approx(dim, abs=1e-4)
+
+
+def test_slots_of_width_one_have_both_signs():
+    slots = separate_slots(200, 1)
+    assert set(slots.flatten().tolist()) == {-1.0, 1.0}  # alike in one run of 2 ** 199
+
+
+def test_sets_beyond_the_width_are_uniform_and_independent():
+    """The cosine between sets has the mean 0 and the variance 1 / D of random vectors."""
+    dim, sets = 4, 2000
+    slots = separate_slots(sets * dim, dim).double().view(sets, dim, dim)
+    assert (slots.mean(dim=0).abs() < 6 / (sets * dim) ** 0.5).all()  # six deviations
+    between = (slots[0::2] * slots[1::2]).sum(dim=-1)  # slot i of a set with slot i of the next
+    assert (between.mean(dim=0).abs() < 6 / (sets / 2 * dim) ** 0.5).all()
+    assert between.square().mean() == pytest.approx(1 / dim, abs=0.04)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_narrow_memories_are_measured_in_32_bits(dtype):
+    memory = (200 * randn(3, 6, 9)).to(dtype)  # squares overflow in 16 bits
+    worth, similarity = effective_slots(memory), slot_similarity(memory)
+    assert worth.dtype == similarity.dtype == torch.float32
+    expected = effective_slots(memory.double()).float()
+    torch.testing.assert_close(worth, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        similarity, slot_similarity(memory.double()).float(), rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_a_memory_of_zeros_is_finite(dtype):
+    memory = torch.zeros(2, 4, 8, dtype=dtype)
+    assert effective_slots(memory).tolist() == [1.0, 1.0]
+    assert not slot_similarity(memory).any()
+    memory[:, :2] = torch.eye(8, dtype=dtype)[:2]
+    assert effective_slots(memory).tolist() == pytest.approx([2.0, 2.0])
+
+
+@pytest.mark.parametrize("memory", [None, (), [[0.0]], 1.5])
+def test_no_tensor_is_no_memory(memory):
+    with pytest.raises(TypeError, match=rf"{type(memory).__name__};.*initial_state"):
+        check_memory(memory, 1, 1, torch.zeros(1))

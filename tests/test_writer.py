@@ -69,7 +69,7 @@ def naive_write(writer, memory, x, mask=None):
                     scores.append(query[part] @ key / math.sqrt(width))
                     values.append((writer.value.weight @ x[b, token])[part])
                     columns.append(1 + token)
-                top = max(float(score) for score in scores)
+                top = max(score.item() for score in scores)
                 powers = [torch.exp((score - top) / writer.temperature) for score in scores]
                 for power, value, column in zip(powers, values, columns, strict=True):
                     share = power / sum(powers)
@@ -262,3 +262,72 @@ def test_in_half_precision_weights_still_sum_to_one(dtype):
     assert new.dtype == dtype
     assert new.isfinite().all()
     torch.testing.assert_close(weights.float().sum(dim=-1), torch.ones(2, 2, 3))
+
+
+def test_a_whole_number_is_a_keep_bias():
+    """Of the weights' own type: an integer could not be learned."""
+    bias = MemoryWriter(6, 2, keep_bias=2).keep_bias
+    assert bias.dtype == torch.float32
+    assert bias.requires_grad
+    assert bias.tolist() == [[[2.0]], [[2.0]]]
+
+
+@pytest.mark.parametrize("keep_bias", [None, 0.7])
+@pytest.mark.parametrize("normalise", [True, False])
+def test_rows_of_padding_alone_are_kept_and_give_finite_gradients(keep_bias, normalise):
+    writer = writer_for(2, 3, 0.25, keep_bias, normalise)
+    memory, x = randn(3, 4, 6).requires_grad_(), randn(3, 5, 6).requires_grad_()
+    mask = torch.tensor([[True] * 5, [False] * 5, [True, False, True, False, False]])
+    new = writer(memory, x, mask)
+    assert torch.equal(new[1], memory[1])
+    assert not torch.equal(new[0], memory[0])
+    upstream = randn(3, 4, 6)
+    new.backward(upstream)
+    close(memory.grad[1], upstream[1])  # a copy hands its gradient on as it is
+    assert not x.grad[~mask].any()
+    assert x.grad[mask].abs().sum(dim=-1).all()
+    gradients = [memory.grad, x.grad, *(p.grad for p in writer.parameters())]
+    assert all(g.isfinite().all() for g in gradients)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_in_half_precision_writing_is_near_the_exact(dtype):
+    writer = writer_for(2, 4, 1.0, 0.5)
+    memory, x = randn(2, 3, 8).to(dtype), randn(2, 6, 8).to(dtype)
+    exact, _ = naive_write(writer.to(dtype).double(), memory.double(), x.double())
+    new, weights = writer.to(dtype)(memory, x, return_weights=True)
+    assert (new.dtype, weights.dtype) == (dtype, torch.float32)
+    torch.testing.assert_close(new.double(), exact, rtol=0.1, atol=0.15)
+
+
+def test_under_autocast_memory_and_weights_stay_float32():
+    writer = writer_for(2, 4, 1.0, 0.5).float()
+    memory, x = torch.randn(2, 3, 8), torch.randn(2, 6, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        new, weights = writer(memory, x, return_weights=True)
+        kept = writer(memory, x, torch.zeros(2, 6, dtype=torch.bool))
+    assert new.dtype == weights.dtype == torch.float32
+    assert torch.equal(kept, memory)  # not even rounded
+    exact, _ = naive_write(writer, memory, x)
+    torch.testing.assert_close(new, exact, rtol=0.1, atol=0.15)
+
+
+def test_heads_of_a_slot_may_take_different_tokens_and_one_head_cannot():
+    """Two segments that pair the same halves otherwise leave one memory, with two heads."""
+    left, right = randn(2, 2, 3)  # two vectors for each half
+    pairings = torch.tensor([[0, 1], [1, 0]])
+    segments = [torch.cat((left, right[order]), dim=-1)[None] for order in pairings]
+    memory = torch.cat((left, right / 2), dim=-1)[None]
+    written = {}
+    for heads in (1, 2):
+        writer = MemoryWriter(6, heads, keep_bias=-1e9, normalise=False).double()
+        for layer in (writer.query, writer.key, writer.value):
+            nn.init.eye_(layer.weight)
+        hard = 1e6 * torch.linalg.pinv(torch.block_diag(left.T @ left, right.T @ right))
+        with torch.no_grad():  # x · hard · y is 1e6 where halves are the same, else 0
+            writer.query.weight.copy_(hard.T)
+        written[heads] = [writer(memory, segment) for segment in segments]
+    close(*written[2])
+    close(written[1][0], segments[0])
+    close(written[1][1], segments[1])
+    assert far(*written[1])
