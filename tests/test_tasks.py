@@ -197,7 +197,7 @@ def test_a_curriculum_draws_up_to_what_is_solved(seed, pairs, segments, noise, s
     assert solved < segments or limits[-1] == segments
     assert curriculum.hardest == RecallTask(pairs, curriculum.limit, noise)
     for task in (curriculum.draw() for _ in range(20)):
-        assert (1 if solved else pairs) <= task.pairs <= pairs  # all pairs until the first success
+        assert (1 if solved else pairs) <= task.pairs <= pairs
         assert 2 <= task.segments <= curriculum.limit
         assert task.noise == noise
 
