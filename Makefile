@@ -14,7 +14,7 @@ book: $(STAMP)
 	$(BIN)/jupyter-book build . -W --keep-going -q
 	@echo "The book is at $(CURDIR)/_build/html/index.html"
 
-test: book check
+test: check
 	$(BIN)/pytest
 
 check: $(STAMP)  ## lint and types

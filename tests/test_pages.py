@@ -1,6 +1,6 @@
-"""The built pages: links and anchors, pictures, launch buttons, and the width of a phone.
+"""The pages, built here: links and anchors, pictures, launch buttons, and the width of a phone.
 
-They are looked for in `_build/html`, where `make book` puts them.
+They show the outputs that the chapters are stored with. nbval runs the chapters and compares.
 """
 
 import contextlib
@@ -12,6 +12,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 from functools import cached_property
 from html.parser import HTMLParser
@@ -22,7 +23,8 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-BUILT = ROOT / "_build" / "html"
+OUTPUT = ROOT / "_build" / "stored"
+BUILT = OUTPUT / "_build" / "html"
 CONFIG = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
 NOTEBOOKS = sorted((ROOT / "book").glob("*.ipynb"))
 SOURCES = [*NOTEBOOKS, *sorted((ROOT / "book").glob("*.md"))]
@@ -59,23 +61,22 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def pages():
-    """Every built page, by its path."""
-    if not (BUILT / "index.html").is_file():
-        pytest.fail(
-            f"there is no built book in {BUILT.relative_to(ROOT)}; run `make book` first"
-        )
+    """Every page, by its path."""
+    OUTPUT.mkdir(parents=True, exist_ok=True)
+    config = OUTPUT / "_config.yml"
+    unexecuted = CONFIG | {"execute": {"execute_notebooks": "off"}}
+    config.write_text(yaml.safe_dump(unexecuted), encoding="utf-8")
+    command = [Path(sys.executable).parent / "jupyter-book", "build", ".", "-W", "--keep-going"]
+    command += ["--config", config, "--path-output", OUTPUT, "-q"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
     files = [p for p in sorted(BUILT.rglob("*.html")) if "_static" not in p.parts]
     return {path: Page(path) for path in files}
 
 
-def test_every_source_has_its_page_and_the_page_is_of_this_source(pages):
+def test_every_source_has_its_page(pages):
     for source in SOURCES:
-        name = source.relative_to(ROOT)
-        assert BUILT / name.with_suffix(".html") in pages, (
-            f"{name} has no page; run `make book`"
-        )
-        copy = BUILT / "_sources" / name
-        assert copy.read_bytes() == source.read_bytes(), f"{name} has changed; run `make book`"
+        assert BUILT / source.relative_to(ROOT).with_suffix(".html") in pages, source.name
 
 
 # --- links ----------------------------------------------------------------------------------
