@@ -1,6 +1,6 @@
 """Train a Memformer on associative recall by a recipe, and write its record and weights.
 
-python tools/recall.py recall-8x8        reads data/recipes/recall-8x8.json
+python tools/recall.py recall-8x8        reads tools/recipes/recall-8x8.json
 python tools/recall.py recall-8x8 --steps 50 --out /somewhere     a small trial
 """
 
@@ -123,14 +123,14 @@ def ablate(recipe: dict[str, Any], trials: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("recipe", help="a name in data/recipes/")
+    parser.add_argument("recipe", help="a name in tools/recipes/")
     parser.add_argument(
         "--out", type=Path, default=ROOT / "data", help="where runs/ and weights/ go"
     )
     parser.add_argument("--steps", type=int, help="instead of the recipe's, for a trial")
     parser.add_argument("--trials", type=int, default=256, help="problems per place of the map")
     arguments = parser.parse_args()
-    recipe = json.loads((ROOT / "data" / "recipes" / f"{arguments.recipe}.json").read_text())
+    recipe = json.loads((ROOT / "tools" / "recipes" / f"{arguments.recipe}.json").read_text())
     recipe["steps"] = arguments.steps or recipe["steps"]
     if "variants" in recipe:
         save_record(arguments.out, arguments.recipe, ablate(recipe, arguments.trials), None)

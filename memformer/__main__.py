@@ -1,0 +1,3 @@
+from memformer.cli import main
+
+main()

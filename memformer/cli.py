@@ -1,0 +1,154 @@
+"""The command line: `memformer` or `python -m memformer`.
+
+Exit codes: 0 done; 1 the run failed; 2 the request cannot be met as given (option, recipe,
+corpus); 3 a checkpoint cannot be written, read or followed; 75 stopped by a signal and saved.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Train, evaluate and run transformers with a memory made of slots.",
+    epilog="Exit codes: 0 done; 1 the run failed; 2 the request cannot be met as given; "
+    "3 trouble with a checkpoint; 75 stopped by a signal and saved, go on with --resume.",
+)
+console = Console()
+
+Cpu = Annotated[bool, typer.Option("--cpu", help="Use the CPU even where there is a GPU.")]
+Change = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Change a setting: lr=3e-4, model.dim=128."
+    ),
+]
+
+
+def fail(code: int, error: Exception) -> NoReturn:
+    """Print what is wrong, and leave."""
+    Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+    raise typer.Exit(code)
+
+
+@contextmanager
+def exit_codes() -> Iterator[None]:
+    """Errors that we know become a sentence and an exit code; the others keep their traceback."""
+    from memformer.segments import CorpusError
+    from memformer.training import CheckpointError, RecipeError, TrainingError
+
+    try:
+        yield
+    except (RecipeError, CorpusError) as error:
+        fail(2, error)
+    except CheckpointError as error:
+        fail(3, error)
+    except TrainingError as error:
+        fail(1, error)
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row of the log for people."""
+    parts = [f"step {row['step']}", f"loss {row['loss']:.4f}"]
+    for key in ("bits", "bits_wiped", "accuracy", "accuracy_wiped", "hardest_accuracy"):
+        if key in row:
+            parts.append(f"{key.replace('_', ' ')} {row[key]:.3f}")
+    parts.append(f"kept {row['self_weight']:.2f}, slots worth {row['slots']:.1f}")
+    return "  ".join([*parts, f"{row['tokens'] / max(row['seconds'], 1e-9):,.0f} tokens/s"])
+
+
+@app.command()
+def train(
+    recipe: Annotated[
+        str, typer.Argument(help="A JSON file, or a preset: tiny, recall, paper.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the run; runs/<name of the recipe> if not given."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the checkpoint.")
+    ] = False,
+    change: Change = None,
+    cpu: Cpu = False,
+) -> None:
+    """Train by a recipe; the folder holds a checkpoint, then a record and the model.
+
+    A run may be killed at any moment and goes on with --resume as if nothing had happened.
+    On several devices: torchrun --nproc-per-node 2 -m memformer train …
+    """
+    from tqdm import tqdm
+
+    from memformer.training import CheckpointError, Trainer, load_recipe
+
+    with exit_codes():
+        plan = load_recipe(recipe, change or ())
+        folder = out or Path("runs") / plan.name
+        begun = (folder / "checkpoint.safetensors").is_file()
+        if begun and not resume:
+            raise CheckpointError(
+                f"{folder} holds a run already; go on with --resume, or choose another --out"
+            )
+        trainer = Trainer(plan, folder, cpu=cpu)
+        if resume:
+            trainer.resume()
+        if not trainer.run(lambda row: tqdm.write(line(row), file=sys.stdout)):
+            console.print(f"stopped after step {trainer.step}; go on with --resume")
+            raise typer.Exit(75)
+    if trainer.team.leads:
+        console.print(f"done: {folder}/record.json, {folder}/model/")
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    change: Change = None,
+    cpu: Cpu = False,
+) -> None:
+    """Score a run on held-out data, with memory and with memory wiped; prints JSON."""
+    from memformer import training
+    from memformer.segments import load_corpus
+
+    with exit_codes():
+        model, recipe, step = training.load_run(run, change or (), cpu=cpu)
+        corpus = (
+            None if recipe.corpus == "recall" else load_corpus(recipe.corpus, "test")
+        )
+        score = training.evaluate(model, recipe, corpus)
+    print(json.dumps({"run": str(run), "step": step, **score}))
+
+
+@app.command()
+def records(
+    name: Annotated[str | None, typer.Argument(help="Print this one whole, as JSON.")] = None,
+) -> None:
+    """List the records of finished runs that come with the package."""
+    from memformer.records import load_record, record_names
+
+    if name is not None:
+        try:
+            print(json.dumps(load_record(name), indent=2))
+        except FileNotFoundError as error:
+            fail(2, error)
+        return
+    table = Table("record", "what", "device", "seconds")
+    for known in record_names():
+        record = load_record(known)
+        device = record.get("machine", {}).get("device", "")
+        table.add_row(known, record.get("what", ""), device, f"{record.get('seconds', 0):,.0f}")
+    console.print(table)
+
+
+def main() -> None:
+    """What the command `memformer` runs."""
+    app(prog_name="memformer")
