@@ -1,3 +1,5 @@
+"""So that `python -m memformer` is the command line."""
+
 from memformer.cli import main
 
 main()

@@ -1,8 +1,4 @@
-"""The command line: `memformer` or `python -m memformer`.
-
-Exit codes: 0 done; 1 the run failed; 2 the request cannot be met as given (option, recipe,
-corpus); 3 a checkpoint cannot be written, read or followed; 75 stopped by a signal and saved.
-"""
+"""The command line: `memformer` or `python -m memformer`."""
 
 from __future__ import annotations
 
@@ -121,11 +117,108 @@ def evaluate(
 
     with exit_codes():
         model, recipe, step = training.load_run(run, change or (), cpu=cpu)
-        corpus = (
-            None if recipe.corpus == "recall" else load_corpus(recipe.corpus, "test")
-        )
+        corpus = None if recipe.corpus == "recall" else load_corpus(recipe.corpus, "test")
         score = training.evaluate(model, recipe, corpus)
     print(json.dumps({"run": str(run), "step": step, **score}))
+
+
+@app.command()
+def generate(
+    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    prompt: Annotated[
+        str, typer.Option(help="Text, or ids with spaces between, to go on from.")
+    ] = "",
+    tokens: Annotated[int, typer.Option(min=1, help="How many tokens to draw.")] = 200,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="0 takes the likeliest token.")
+    ] = 1.0,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Draw from the k likeliest.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Draw from the likeliest that hold p.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="The same seed draws the same tokens.")
+    ] = None,
+    ids: Annotated[bool, typer.Option("--ids", help="Print ids, also of text.")] = False,
+    cpu: Cpu = False,
+) -> None:
+    """Draw from a run's model, in constant memory however long; prints as it draws.
+
+    Models of text read and write bytes; models of anything else read and write ids.
+    """
+    from itertools import islice
+
+    from memformer.streaming import generate_forever
+    from memformer.training import RecipeError, load_run
+
+    with exit_codes():
+        model, recipe, _ = load_run(run, cpu=cpu)
+        start = model.config.start
+        as_text = model.config.vocab_size == 257 and recipe.corpus != "mnist" and not ids
+        read = read_prompt(prompt, start, as_text).to(next(model.parameters()).device)
+        how: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+        try:
+            drawn = islice(generate_forever(model, read, **how), tokens)
+        except ValueError as error:  # a setting of the draw
+            raise RecipeError(str(error)) from None
+    for token in drawn:
+        piece = int(token[0])
+        if as_text:
+            sys.stdout.buffer.write(bytes([piece]) if piece < 256 else b"\n")
+        else:
+            sys.stdout.buffer.write(f"{piece} ".encode())
+        sys.stdout.buffer.flush()
+    print()
+
+
+def read_prompt(prompt: str, start: int, as_text: bool) -> Any:
+    """`(1, 1 + N)` ids: the start token, then bytes or ids. Raises `RecipeError`."""
+    import torch
+
+    from memformer.training import RecipeError
+
+    try:
+        ids = list(prompt.encode()) if as_text else [int(word) for word in prompt.split()]
+    except ValueError:
+        raise RecipeError(
+            f"the prompt is {prompt!r}; this model reads ids, whole numbers below {start}, with "
+            "spaces between"
+        ) from None
+    wrong = [number for number in ids if not 0 <= number < start]
+    if wrong:
+        raise RecipeError(f"the prompt holds id {wrong[0]}; ids must be in [0, {start})")
+    return torch.tensor([[start, *ids]])
+
+
+@app.command()
+def bench(
+    what: Annotated[str, typer.Argument(help="replay (training) or stream (generation).")],
+    size: Annotated[str, typer.Option(help="small, or paper, for a GPU.")] = "small",
+    out: Annotated[
+        Path | None, typer.Option(help="Write the record here, not to the screen.")
+    ] = None,
+    cpu: Cpu = False,
+) -> None:
+    """Measure what replay or streaming costs on this machine; ratios, taken in one run."""
+    import torch
+
+    from memformer import bench as benchmarks
+    from memformer.training import RecipeError, replace_file
+
+    known = {"replay": benchmarks.bench_replay, "stream": benchmarks.bench_stream}
+    device = "cuda" if torch.cuda.is_available() and not cpu else "cpu"
+    with exit_codes():
+        if what not in known:
+            raise RecipeError(f"no benchmark {what!r}; there are {', '.join(known)}")
+        try:
+            record = json.dumps(known[what](size, device))
+        except ValueError as error:
+            raise RecipeError(str(error)) from None
+        if out is None:
+            print(record)
+        else:
+            replace_file(out, (record + "\n").encode())
+            console.print(f"done: {out}")
 
 
 @app.command()

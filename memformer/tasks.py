@@ -6,18 +6,19 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .segments import IGNORE, Segment, SegmentModel, State, reset_state
 
 # %% auto #0
 __all__ = ['KEYS', 'VALUES', 'QUERY', 'NOISE', 'RECALL_VOCAB', 'interleave', 'require', 'ask_last', 'RecallTask',
-           'scores_and_answers', 'recall_accuracy', 'Curriculum']
+           'scores_and_answers', 'evaluating', 'recall_accuracy', 'Curriculum']
 
 # %% ../book/09_learning.ipynb #d5a810bc
 KEYS, VALUES, QUERY, NOISE = range(0, 16), range(16, 32), 32, range(33, 49)
@@ -106,8 +107,22 @@ def scores_and_answers(
         raise ValueError("no segment asks for anything; at least one target is needed")
     return torch.cat(scores), torch.cat(answers)
 
+# %% ../book/09_learning.ipynb #5ab1f010
+@contextmanager
+def evaluating(model: object) -> Iterator[None]:
+    """In eval mode and without gradients; afterwards every module's mode is as it was."""
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    modes = [module.training for module in modules]
+    for module in modules:
+        module.training = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode
 
-@torch.no_grad()
+
 def recall_accuracy(
     model: SegmentModel,
     task: RecallTask,
@@ -116,9 +131,10 @@ def recall_accuracy(
     seed: int = 0,
     wipe: bool = False,
 ) -> float:
-    """Share of queries answered with the right value over `trials` fresh problems."""
+    """Share of queries answered with the right value over `trials` fresh problems, in eval mode."""
     segments = task.batch(trials, torch.Generator().manual_seed(seed))
-    scores, answers = scores_and_answers(model, segments, wipe=wipe)
+    with evaluating(model):
+        scores, answers = scores_and_answers(model, segments, wipe=wipe)
     return float((scores.argmax(dim=-1) == answers).float().mean())
 
 # %% ../book/09_learning.ipynb #13aced0e

@@ -716,3 +716,28 @@ def test_every_combination_of_settings_runs():
         out, state = net(tokens_for(net, 2, 1), net.initial_state(2))
         assert out.isfinite().all()
         assert memory_in(state).shape == (2, slots, 4 * heads)
+
+
+# --- as published models are used -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("changes", [{}, {"init": "paper", "positions": "relative"}])
+def test_a_saved_model_comes_back_with_its_configuration(model, changes, tmp_path):
+    net = model(small_config(**changes))
+    net.save_pretrained(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} >= {"config.json", "model.safetensors"}
+    again = model.from_pretrained(tmp_path)
+    assert again.config == net.config
+    assert not again.training
+    tokens = tokens_for(net, 2, 7)
+    left = net.eval()(tokens, net.initial_state(2))
+    right = again(tokens, again.initial_state(2))
+    assert torch.equal(left[0], right[0])
+
+
+def test_what_is_no_saved_model_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(Exception, match=r"(?i)vocab_size|model\.safetensors|not found"):
+        MODELS[0].from_pretrained(tmp_path)

@@ -6,7 +6,7 @@ from helpers import build, close, tokens_for
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memformer.model import MemformerLM
+from memformer.model import MemformerConfig, MemformerLM
 from memformer.segments import IGNORE, Segment
 from memformer.tasks import (
     KEYS,
@@ -16,6 +16,7 @@ from memformer.tasks import (
     VALUES,
     Curriculum,
     RecallTask,
+    evaluating,
     interleave,
     recall_accuracy,
     scores_and_answers,
@@ -214,3 +215,19 @@ def test_a_curriculum_is_fixed_by_its_seed_and_reaches_everything():
     assert first != drawn(2)
     assert {task.pairs for task in first} == {1, 2, 3, 4}
     assert {task.segments for task in first} == set(range(2, 10))
+
+
+def test_scores_are_those_of_eval_mode_and_modes_come_back(seed):
+    config = MemformerConfig(RECALL_VOCAB, dim=16, segment_length=8, dropout=0.9)
+    model, task = MemformerLM(config), RecallTask(2, 3)
+    model.output.eval()
+    modes = [module.training for module in model.modules()]
+    first, second = (recall_accuracy(model, task, seed=seed) for _ in "ab")
+    assert first == second
+    assert modes == [module.training for module in model.modules()]
+    with evaluating(model):
+        assert not any(module.training for module in model.modules())
+        assert not torch.is_grad_enabled()
+    with pytest.raises(ValueError, match="pairs"), evaluating(model):
+        RecallTask(0, 3)
+    assert modes == [module.training for module in model.modules()]
