@@ -205,15 +205,17 @@ def bench(
     from memformer import bench as benchmarks
     from memformer.training import RecipeError, replace_file
 
-    known = {"replay": benchmarks.bench_replay, "stream": benchmarks.bench_stream}
+    known: dict[str, Any] = {
+        "replay": benchmarks.bench_replay,
+        "stream": benchmarks.bench_stream,
+    }
     device = "cuda" if torch.cuda.is_available() and not cpu else "cpu"
     with exit_codes():
         if what not in known:
             raise RecipeError(f"no benchmark {what!r}; there are {', '.join(known)}")
-        try:
-            record = json.dumps(known[what](size, device))
-        except ValueError as error:
-            raise RecipeError(str(error)) from None
+        if size not in benchmarks.SIZES:
+            raise RecipeError(f"no size {size!r}; there are {', '.join(benchmarks.SIZES)}")
+        record = json.dumps(known[what](size, device))
         if out is None:
             print(record)
         else:

@@ -90,6 +90,7 @@ def test_nothing_to_resume_is_said(folder, tmp_path):
         (["train", "tiny", "--set", "model.dim=63"], "dim is 63"),
         (["train", "tiny", "--set", "corpus=nowhere"], "unknown corpus 'nowhere'"),
         (["bench", "speed"], "no benchmark 'speed'"),
+        (["bench", "replay", "--size", "huge"], "no size 'huge'"),
         (["records", "nowhere"], "no record 'nowhere'"),
     ],
 )
