@@ -359,7 +359,7 @@ def begin(model: Any, segment: Ready, state: State) -> tuple[Any, ...]:
         state = reset_state(state, fresh, segment.reset)
     return (segment.tokens, state, segment.mask)[: 2 if segment.mask is None else 3]
 
-# %% ../book/11_training.ipynb #16681aa6
+# %% ../book/11_training.ipynb #9ccf38c5
 def learn(
     learner: Learner, segments: Sequence[Ready], state: State, targets: int, watch: Watch
 ) -> tuple[Tensor, State]:
@@ -368,7 +368,7 @@ def learn(
 
     def advance(segment: Ready, state: State) -> State:
         with learner.precision():
-            return learner.advance(*begin(model, segment, state))
+            return model.advance(*begin(model, segment, state))
 
     def step(segment: Ready, state: State) -> tuple[Tensor | None, State]:
         if segment.targets is None:
@@ -474,7 +474,7 @@ def add_gradients(learner: Learner, segments: Sequence[Segment], watch: Watch) -
     learner.state = map_state(lambda *t: torch.cat(t), *states)
     return torch.stack(losses).sum()
 
-# %% ../book/11_training.ipynb #f492b973
+# %% ../book/11_training.ipynb #80b5a49c
 class Learner:
     """A model, its optimiser, and the memory of its streams: what a step changes."""
 
@@ -484,10 +484,9 @@ class Learner:
             allowed = f"a multiple of {parts}, the processes times accumulate"
             raise RecipeError(f"batch_size is {recipe.batch_size}; it must be {allowed}")
         self.model, self.recipe, self.team = model.to(team.device), recipe, team
-        self.advance = self.model.advance
-        if recipe.compile:
-            self.model.compile()
-            self.advance = torch.compile(self.advance)
+        if recipe.compile:  # the parts, which both passes of replay go through
+            for part in self.model.children():
+                part.compile()
         self.optimiser = make_optimiser(model, recipe)
         half = recipe.precision == "float16"
         self.scaler = torch.amp.GradScaler(team.device.type, enabled=half)
@@ -580,7 +579,7 @@ class GradientByAge:
         """The first is the memory that the last segment read."""
         return [float(s) ** 0.5 for _, s in sorted(self.squares.items(), reverse=True)]
 
-# %% ../book/11_training.ipynb #10ecd613
+# %% ../book/11_training.ipynb #64165412
 def slot_health(model: Any, segments: Sequence[Segment]) -> dict[str, float]:
     """Whether the slots are alive: what they keep, how alike they are, how fast they forget.
 
@@ -590,7 +589,10 @@ def slot_health(model: Any, segments: Sequence[Segment]) -> dict[str, float]:
     """
     device = next(model.parameters()).device
     moved = [Segment(*(part.to(device) for part in segment)) for segment in segments]
-    seen = trace(model, moved, model.initial_state(len(segments[0].tokens)))
+    with torch.compiler.set_stance(
+        "force_eager"
+    ):  # compiled parts would not show their weights
+        seen = trace(model, moved, model.initial_state(len(segments[0].tokens)))
     kept, last = seen.self_weight, seen.memories[-1]
     cosines = slot_similarity(last).abs()
     pairs = max(1, last.shape[1] * (last.shape[1] - 1))

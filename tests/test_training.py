@@ -11,6 +11,7 @@ import resource
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import hypothesis
@@ -41,6 +42,7 @@ from memformer.training import (
     write_checkpoint,
 )
 
+KINDS = ("lm", "encoder-decoder")
 SMALL = {
     "model": {
         "dim": 16,
@@ -236,13 +238,14 @@ def test_the_curriculum_of_recall_grows_only_with_success():
 # --- one step -------------------------------------------------------------------------------
 
 
-def gradients_after(recipe, steps, **settings):
+def gradients_after(recipe, steps, dropout_seed=0):
     """Gradients of one update with the weights as drawn, in float64."""
     feed = training.make_feed(recipe)
     learner = Learner(build_model(recipe, feed.vocab_size).double(), recipe, Team(cpu=True))
     learner.optimiser.zero_grad = lambda: None  # keep them to look at
     for _ in range(steps - 1):
         feed.draw()
+    torch.manual_seed(dropout_seed)
     loss = learner.update(feed.draw(), 0.0, lambda seen: None)
     return loss, torch.cat([w.grad.flatten() for w in learner.model.parameters()]), learner
 
@@ -301,25 +304,40 @@ def test_mixed_precision_is_near(precision, tmp_path):
     assert mixed.losses == pytest.approx(exact.losses, rel=3e-2)
 
 
-def test_compiled_steps_are_the_same(tmp_path, monkeypatch):
-    compiled = []
+def compile_quickly(monkeypatch):
+    """Compile, but to no machine code, which takes long; returns what was compiled."""
+    compiled, real = [], torch.compile
 
-    def compile(self, *args, **kwargs):
-        compiled.append(self)
-        return torch.nn.Module.compile(self, backend="aot_eager")
+    def quick(part, *args, **kwargs):
+        compiled.append(part)
+        return real(part, *args, **kwargs | {"backend": "aot_eager"})
 
-    monkeypatch.setattr(MemformerLM, "compile", compile)
-    real = torch.compile
-    monkeypatch.setattr(
-        torch, "compile", lambda f, backend="aot_eager": real(f, backend=backend)
-    )
-    plain = Trainer(small(), tmp_path / "a", cpu=True)
-    fast = Trainer(small(compile=True), tmp_path / "b", cpu=True)
+    monkeypatch.setattr(torch, "compile", quick)
+    return compiled
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_steps_are_the_same(kind, tmp_path, monkeypatch):
+    compiled = compile_quickly(monkeypatch)
+    plain = Trainer(small(kind=kind), tmp_path / "a", cpu=True)
+    assert not compiled
+    fast = Trainer(small(kind=kind, compile=True), tmp_path / "b", cpu=True)
     for trainer in (plain, fast):
-        for _ in range(3):
-            trainer.take_step()
+        for _ in range(2):
+            ages = trainer.take_step()
+        trainer.observe(ages)
     assert compiled
     assert fast.losses == pytest.approx(plain.losses, rel=1e-5)
+    assert fast.log[0]["self_weight"] == pytest.approx(plain.log[0]["self_weight"], rel=1e-4)
+
+
+def test_compiled_replay_is_compiled_full_back_propagation_with_dropout(monkeypatch, seed):
+    compile_quickly(monkeypatch)
+    model = SMALL["model"] | {"dropout": 0.2}
+    recipe = small(model=model, compile=True, seed=seed % 1000, clip=1e9)
+    _, expected, _ = gradients_after(replace(recipe, replay=False), 1, seed)
+    _, found, _ = gradients_after(recipe, 1, seed)
+    assert float((found - expected).norm() / expected.norm()) < 1e-10
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_spares_the_checkpoint(tmp_path):
@@ -671,8 +689,6 @@ def test_recall_is_learned_and_a_wiped_memory_is_at_chance(tmp_path):
 
 
 # --- several processes ----------------------------------------------------------------------
-
-KINDS = ("lm", "encoder-decoder")
 
 
 def test_two_processes_are_one_with_one_round_a_step(tmp_path, seed):
