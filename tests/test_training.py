@@ -441,6 +441,29 @@ def test_gradients_by_age_are_those_of_the_full_graph(seed):
     assert ages.result()[:-1] == pytest.approx(expected[:-1], rel=1e-5)
 
 
+def test_gradients_by_age_do_not_depend_on_parts(seed):
+    norms = []
+    for parts in (1, 4):
+        recipe = small(accumulate=parts, seed=seed % 1000)
+        feed, ages = training.make_feed(recipe), training.GradientByAge()
+        model = build_model(recipe, feed.vocab_size).double()
+        learner = Learner(model, recipe, Team(cpu=True))
+        learner.update(feed.draw(), 0.0, ages)
+        norms.append(ages.result())
+    assert len(norms[0]) == 3
+    assert norms[1] == pytest.approx(norms[0], rel=1e-6)
+
+
+def test_a_gradient_that_is_not_finite_changes_no_weight(tmp_path):
+    trainer = Trainer(small(), tmp_path, cpu=True)
+    trainer.take_step()
+    before = weights_of(trainer.learner.model)
+    trainer.learner.model.output.weight.register_hook(lambda g: g * math.nan)
+    with pytest.raises(TrainingError, match="gradient"):
+        trainer.take_step()
+    assert same(before, weights_of(trainer.learner.model))
+
+
 # --- checkpoints ----------------------------------------------------------------------------
 
 
