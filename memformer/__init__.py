@@ -13,6 +13,7 @@ from memformer.model import (
     MemoryTrace,
     trace,
 )
+from memformer.mrbp import memory_replay, memory_replay_backward
 from memformer.reader import MemoryReader
 from memformer.segments import (
     Corpus,
@@ -24,6 +25,7 @@ from memformer.segments import (
     run_segments,
     split_segments,
 )
+from memformer.streaming import generate, stream
 from memformer.tasks import RecallTask, recall_accuracy
 from memformer.writer import MemoryWriter
 
@@ -42,10 +44,14 @@ __all__ = [
     "MemoryWriter",
     "RecallTask",
     "Segment",
+    "generate",
     "load_corpus",
+    "memory_replay",
+    "memory_replay_backward",
     "recall_accuracy",
     "reset_state",
     "run_segments",
     "split_segments",
+    "stream",
     "trace",
 ]

@@ -385,7 +385,7 @@ import sys
 from .streaming import Reading, generate, stream
 from .tasks import NOISE, RECALL_VOCAB, RecallTask
 
-# %% ../book/benchmarks.ipynb #dfccafa4
+# %% ../book/benchmarks.ipynb #7d9156a2
 class StreamSize(NamedTuple):
     """How much is streamed, and of what size the models are that generate."""
 
@@ -414,7 +414,7 @@ def process_bytes() -> int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
-
+# %% ../book/benchmarks.ipynb #f1f303d5
 def clock_of(device: torch.device) -> Callable[[], float]:
     """Processor time on a CPU, which others on the machine do not stretch; else wall time."""
     return time.process_time if device.type == "cpu" else time.perf_counter
@@ -459,7 +459,7 @@ def measure_stream(
         rows.append(row | {"process_bytes": process_bytes(), "recall": recall(reading)})
     return rows
 
-# %% ../book/benchmarks.ipynb #6eddcac7
+# %% ../book/benchmarks.ipynb #8147c376
 def measure_generation(
     size: StreamSize, device: torch.device, rounds: int
 ) -> list[dict[str, Any]]:
@@ -486,7 +486,7 @@ def measure_generation(
         rows.append({"model": kind.__name__, "tokens_per_second": speeds})
     return rows
 
-
+# %% ../book/benchmarks.ipynb #1dd644dc
 def bench_stream(
     size: str = "small", device: str = "cpu", *, rounds: int = 3
 ) -> dict[str, Any]:
