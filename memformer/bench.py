@@ -29,10 +29,10 @@ from .segments import State
 
 # %% auto #0
 __all__ = ['LAYERS', 'SIZES', 'Method', 'METHODS', 'PEAK_FLOPS', 'STREAMS', 'STRENGTHS', 'PeakBytes', 'peak_bytes', 'Timing',
-           'settle', 'interleaved', 'ReplaySize', 'build_model', 'layers_checkpointed', 'segment_loss', 'full',
-           'layers', 'replay', 'replay_layers', 'kept_bytes', 'measure_bytes', 'measure_times', 'random_segments',
-           'measure', 'bench_replay', 'step_flops', 'bench_throughput', 'StreamSize', 'process_bytes', 'clock_of',
-           'trained_model', 'measure_stream', 'measure_generation', 'bench_stream']
+           'settle', 'interleaved', 'ReplaySize', 'model_of', 'layers_checkpointed', 'segment_loss', 'full', 'layers',
+           'replay', 'replay_layers', 'kept_bytes', 'measure_bytes', 'measure_times', 'random_segments', 'measure',
+           'bench_replay', 'step_flops', 'bench_throughput', 'StreamSize', 'process_bytes', 'clock_of', 'trained_model',
+           'measure_stream', 'measure_generation', 'bench_stream']
 
 # %% ../book/benchmarks.ipynb #a151a06b
 class PeakBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -176,8 +176,8 @@ SIZES = {
     ),
 }
 
-# %% ../book/benchmarks.ipynb #a486509f
-def build_model(size: ReplaySize, name: str) -> MemformerLM | Memformer:
+# %% ../book/benchmarks.ipynb #f0c8b29b
+def model_of(size: ReplaySize, name: str) -> MemformerLM | Memformer:
     """The model of that name with random weights, in training mode, without dropout."""
     encoder, decoder = size.layers[name]
     settings: dict[str, Any] = size.settings
@@ -205,7 +205,7 @@ def segment_loss(
     logits, memory = model(tokens, memory)
     return F.cross_entropy(logits.flatten(0, 1), tokens.flatten()), memory
 
-# %% ../book/benchmarks.ipynb #b3a97ffd
+# %% ../book/benchmarks.ipynb #21b34425
 Method = Callable[[Any, list[Tensor]], None]  # (model, segments): forward and back
 
 
@@ -240,11 +240,8 @@ def replay_layers(model: Any, segments: list[Tensor]) -> None:
 
 
 METHODS: dict[str, Method] = {
-    "full": full,
-    "layers": layers,
-    "border": partial(full, border=True),
-    "replay": replay,
-    "both": replay_layers,
+    **{"full": full, "layers": layers, "border": partial(full, border=True)},
+    **{"replay": replay, "both": replay_layers},
 }
 
 # %% ../book/benchmarks.ipynb #980d26d4
@@ -281,12 +278,12 @@ def random_segments(size: ReplaySize, count: int, device: torch.device) -> list[
     ids = size.settings["vocab_size"]
     return [torch.randint(ids, shape, device=device) for _ in range(count)]
 
-# %% ../book/benchmarks.ipynb #bbd7838b
+# %% ../book/benchmarks.ipynb #fba4fec5
 def measure(
     size: ReplaySize, name: str, count: int, device: torch.device, repeats: int
 ) -> list[dict[str, Any]]:
     """A row per method: bytes, and times where there are `repeats`."""
-    model = build_model(size, name).to(device)
+    model = model_of(size, name).to(device)
     segments = random_segments(size, count, device)
     peaks = measure_bytes(model, segments, device)
     times = measure_times(model, segments, device, repeats) if repeats else {}
@@ -349,7 +346,7 @@ def step_flops(model: Any, segments: list[Tensor]) -> int:
         full(model, segments)  # the plain kernel, as fused ones are not counted everywhere
     return int(count.get_total_flops())
 
-# %% ../book/benchmarks.ipynb #bf1e5c54
+# %% ../book/benchmarks.ipynb #d9482d92
 def bench_throughput(
     size: ReplaySize,
     device: torch.device,
@@ -362,7 +359,7 @@ def bench_throughput(
     peak = next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
     rows: list[dict[str, Any]] = []
     for title in size.layers:
-        model = build_model(size, title).to(device)
+        model = model_of(size, title).to(device)
         segments = random_segments(size, horizon, device)
         tokens, flops = sum(t.numel() for t in segments), step_flops(model, segments)
         for compiled in (False, True):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['check_config', 'MemformerConfig', 'MemformerLayer', 'check_tokens', 'MemoryStack', 'MemformerEncoder', 'MemformerLM',
-           'MemformerState', 'memory_of', 'carry', 'check_state', 'MemformerDecoder', 'Memformer', 'MemoryTrace',
-           'recorded_weights', 'stack_padded', 'trace']
+           'MemformerState', 'memory_of', 'carry', 'unpadded', 'check_state', 'MemformerDecoder', 'Memformer',
+           'MemoryTrace', 'recorded_weights', 'stack_padded', 'trace']
 
 # %% ../book/08_memformer.ipynb #e980a735
 import math
@@ -272,6 +272,18 @@ def carry(memory: Tensor, tokens: Tensor, mask: Tensor | None, length: int) -> M
     return MemformerState(memory, F.pad(tokens, room), F.pad(real, room))
 
 
+def unpadded(state: MemformerState) -> tuple[Tensor, Tensor | None]:
+    """The state's tokens and mask up to the last real one; no mask where all are real.
+
+    On the CPU only: elsewhere looking at the mask would make the device wait.
+    """
+    tokens, mask = state.tokens, state.mask
+    if mask.device.type != "cpu" or torch.compiler.is_compiling():
+        return tokens, mask
+    size = max([1, *(mask.any(dim=0).nonzero().flatten() + 1).tolist()])
+    return tokens[:, :size], None if mask[:, :size].all() else mask[:, :size]
+
+# %% ../book/08_memformer.ipynb #3e036262
 def check_state(state: MemformerState, batch_size: int, slots: int, like: Tensor) -> None:
     """`TypeError` for what is no `MemformerState`; and all that `check_memory` raises."""
     if not isinstance(state, MemformerState):
@@ -281,7 +293,7 @@ def check_state(state: MemformerState, batch_size: int, slots: int, like: Tensor
         )
     check_memory(state.memory, batch_size, slots, like)
 
-# %% ../book/08_memformer.ipynb #3e036262
+
 class MemformerDecoder(nn.Module):
     """Causal layers that look at the encoder's output and never at the memory."""
 
@@ -321,25 +333,26 @@ class Memformer(nn.Module, PyTorchModelHubMixin, library_name="memformer"):
         self, tokens: Tensor, state: MemformerState, mask: Tensor | None = None
     ) -> tuple[Tensor, MemformerState]:
         """`tokens (B, L)` → next-token scores `(B, L, V)` and the next state."""
-        hidden, new = self.encode(tokens, state, mask)
-        return self.decoder(self.encoder.embed(tokens), hidden, mask, state.mask), new
+        hidden, real, new = self.encode(tokens, state, mask)
+        return self.decoder(self.encoder.embed(tokens), hidden, mask, real), new
 
     def advance(
         self, tokens: Tensor, state: MemformerState, mask: Tensor | None = None
     ) -> MemformerState:
         """Only the next state, without decoder and scores."""
-        return self.encode(tokens, state, mask)[1]
+        return self.encode(tokens, state, mask)[2]
 
     def encode(
         self, tokens: Tensor, state: MemformerState, mask: Tensor | None = None
-    ) -> tuple[Tensor, MemformerState]:
-        """Hidden `(B, segment_length, D)` of the state's segment, and the next state."""
+    ) -> tuple[Tensor, Tensor | None, MemformerState]:
+        """Hidden `(B, N, D)` of the state's segment, its mask `(B, N)`, and the next state."""
         length, slots = self.config.segment_length, self.config.num_slots
         check_tokens(tokens, self.config.vocab_size, length, mask)
         check_state(state, len(tokens), slots, self.encoder.embed.weight)
-        hidden, memory = self.encoder(state.tokens, state.memory, state.mask)
+        seen, real = unpadded(state)
+        hidden, memory = self.encoder(seen, state.memory, real)
         new = carry(memory, tokens, mask, length)
-        return hidden, new if mask is None else reset_state(state, new, mask.any(dim=1))
+        return hidden, real, new if mask is None else reset_state(state, new, mask.any(dim=1))
 
 # %% ../book/08_memformer.ipynb #6908119b
 @dataclass(frozen=True)

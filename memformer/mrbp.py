@@ -17,8 +17,8 @@ from .segments import State, detach_state, map_state
 
 # %% auto #0
 __all__ = ['FULL', 'HALF', 'Step', 'Advance', 'Watch', 'RandomState', 'MixedPrecision', 'leaves_of', 'differentiable',
-           'as_leaves', 'disagreement', 'Border', 'Replayed', 'check_step', 'check_segments', 'back_propagate',
-           'ReplayBuffer', 'go_back', 'check_agreement', 'memory_replay_backward', 'memory_replay']
+           'as_leaves', 'disagreement', 'check_agreement', 'Border', 'Replayed', 'check_step', 'check_segments',
+           'back_propagate', 'ReplayBuffer', 'go_back', 'memory_replay_backward', 'memory_replay']
 
 # %% ../book/10_replay.ipynb #de19b60c
 class RandomState(NamedTuple):
@@ -97,7 +97,7 @@ def as_leaves(state: State) -> State:
 
     return map_state(leaf, state)
 
-# %% ../book/10_replay.ipynb #0991cad7
+# %% ../book/10_replay.ipynb #b1995216
 FULL, HALF = 1e-3, 1e-2  # how far the two passes may differ, in 32 bits or more and in 16
 
 
@@ -118,6 +118,17 @@ def disagreement(found: State, kept: State, mixed: bool) -> Tensor:
     every = [torch.zeros(()), *leaves_of(map_state(apart, found, kept))]
     worst: Tensor = torch.stack([t.to(every[-1].device) for t in every]).nan_to_num().max()
     return worst
+
+
+def check_agreement(worst: list[Tensor]) -> None:
+    """`RuntimeError` where a segment, run again, has given another memory than at first."""
+    if worst and torch.stack(worst).max() > 1:
+        raise RuntimeError(
+            "a segment that was run again gave another memory than in the first pass, so the "
+            "gradients are wrong: discard them. Both passes must compute the same: `advance` "
+            "has to draw first what `step` draws at random, and to be compiled as it is, and a "
+            "step may change nothing that it reads"
+        )
 
 # %% ../book/10_replay.ipynb #a14cd93b
 Step = Callable[[Any, State], tuple[Tensor | None, State]]  # (segment, memory) → (loss, memory)
@@ -246,17 +257,6 @@ def go_back(
         raise RuntimeError("no loss depends on anything that requires a gradient")
     check_agreement(worst)
     return total, last, tuple(arriving)
-
-# %% ../book/10_replay.ipynb #5e9fd009
-def check_agreement(worst: list[Tensor]) -> None:
-    """`RuntimeError` where a segment, run again, has given another memory than at first."""
-    if worst and torch.stack(worst).max() > 1:
-        raise RuntimeError(
-            "a segment that was run again gave another memory than in the first pass, so the "
-            "gradients are wrong: discard them. Both passes must compute the same: `advance` "
-            "has to draw first what `step` draws at random, and to be compiled as it is, and a "
-            "step may change nothing that it reads"
-        )
 
 # %% ../book/10_replay.ipynb #b0b719c9
 def memory_replay_backward(

@@ -111,16 +111,16 @@ def scores_and_answers(
 @contextmanager
 def evaluating(model: object) -> Iterator[None]:
     """In eval mode and without gradients; afterwards every module's mode is as it was."""
-    modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    modes = [module.training for module in modules]
-    for module in modules:
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    training = [module for module in modules if module.training]
+    for module in training:
         module.training = False
     try:
         with torch.no_grad():
             yield
     finally:
-        for module, mode in zip(modules, modes, strict=True):
-            module.training = mode
+        for module in training:
+            module.training = True
 
 
 def recall_accuracy(

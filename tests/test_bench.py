@@ -13,7 +13,7 @@ from memformer.bench import (
     Timing,
     bench_replay,
     bench_throughput,
-    build_model,
+    model_of,
     full,
     interleaved,
     kept_bytes,
@@ -105,7 +105,7 @@ def test_the_allocators_log_agrees(name, method):
     size = TINY._replace(
         batch_size=8, settings=TINY.settings | {"dim": 32, "segment_length": 16}
     )
-    model, segments = build_model(size, name), random_segments(size, 3, CPU)
+    model, segments = model_of(size, name), random_segments(size, 3, CPU)
     counted = measure_bytes(model, segments, CPU)[method]
     logged = logged_peak(lambda: METHODS[method](model, segments))
     assert counted <= logged <= 1.03 * counted + 3 * 5_100
@@ -113,7 +113,7 @@ def test_the_allocators_log_agrees(name, method):
 
 def test_methods_give_the_same_gradients():
     for name in TINY.layers:
-        model, segments = build_model(TINY, name).double(), random_segments(TINY, 4, CPU)
+        model, segments = model_of(TINY, name).double(), random_segments(TINY, 4, CPU)
         found = {}
         for method, run in METHODS.items():
             model.zero_grad()
@@ -124,7 +124,7 @@ def test_methods_give_the_same_gradients():
 
 
 def test_layers_are_restored_after_an_error():
-    model = build_model(TINY, next(iter(TINY.layers)))
+    model = model_of(TINY, next(iter(TINY.layers)))
     before = [vars(m).keys() for m in model.modules()]
     segments = random_segments(
         TINY._replace(settings=TINY.settings | {"vocab_size": 999}), 9, CPU
@@ -140,7 +140,7 @@ def test_layers_are_restored_after_an_error():
 def test_kept_bytes():
     name = next(iter(TINY.layers))
     memory = TINY.batch_size * TINY.settings["num_slots"] * TINY.settings["dim"] * 4
-    assert kept_bytes(build_model(TINY, name), random_segments(TINY, 5, CPU)) == 5 * memory
+    assert kept_bytes(model_of(TINY, name), random_segments(TINY, 5, CPU)) == 5 * memory
 
 
 def test_peak_bytes_on_the_cpu():
@@ -193,7 +193,7 @@ def test_a_record_holds_every_method_and_length():
 
 def test_more_segments_cost_replay_nothing_but_their_memories():
     """The full length, 64, is in test_mrbp.py."""
-    model, net = build_model(TINY, "encoder–decoder 1+1"), {}
+    model, net = model_of(TINY, "encoder–decoder 1+1"), {}
     measure_bytes(model, random_segments(TINY, 1, CPU), CPU)  # gradients are there
     for count in (4, 24):
         segments = random_segments(TINY, count, CPU)
@@ -239,7 +239,7 @@ def test_sizes_are_the_papers():
     assert paper.settings["dim"] == 512
     assert paper.settings["num_slots"] == 32
     assert math.prod(paper.layers["encoder–decoder 4+8"]) == 32
-    model = build_model(SIZES["small"], "decoder-only 12")
+    model = model_of(SIZES["small"], "decoder-only 12")
     assert len(model.stack.layers) == 12
     assert model.training
-    full(build_model(TINY, "decoder-only 2"), random_segments(TINY, 1, CPU))
+    full(model_of(TINY, "decoder-only 2"), random_segments(TINY, 1, CPU))

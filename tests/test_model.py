@@ -526,7 +526,7 @@ def test_a_trace_holds_every_read_and_write(model, init):
     lengths = (7, 4, 6)
     segments = [tokens_for(net, 2, n) for n in lengths]
     record = trace(net, segments, net.initial_state(2))
-    read_length = written = 7  # the encoder of the encoder–decoder reads whole, padded segments
+    read_length = written = 7  # the longest
     heads = stack_of(net).writer.num_heads
     assert record.write.shape == (3, 2, heads, 5, 1 + written)
     assert [r.shape for r in record.read] == [(3, 2, 3, read_length, 5)] * 2
@@ -537,13 +537,33 @@ def test_a_trace_holds_every_read_and_write(model, init):
     for t, segment in enumerate(segments):
         state = net(segment, state)[1]
         close(record.memories[t + 1], memory_of(state))
-        n = read_length if model is Memformer else lengths[t]
+        n = (1, *lengths)[t] if model is Memformer else lengths[t]  # it encodes what was before
         for read in record.read:
             close(read[t, :, :, :n].sum(dim=-1), torch.ones(2, 3, n).double())
             assert not read[t, :, :, n:].any()
     close(record.self_weight, record.write[..., 0].mean(dim=2))
     assert not record.write.requires_grad
     assert hooks_in(net) == 0
+
+
+@inits
+def test_padding_at_the_end_of_a_state_is_left_out_and_changes_nothing(init, monkeypatch):
+    """On the CPU; compiled code and other devices run over it under its mask."""
+    net, results = build(Memformer, init=init), []
+    segments = [tokens_for(net, 3, n) for n in (4, 7, 2, 5)]
+    mask = torch.rand(3, 2) < 0.5
+    mask[0] = False  # keeps its state, which is longer than the others'
+    for compiling in (False, True):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda flag=compiling: flag)
+        state = net.initial_state(3)
+        scores = []
+        for segment in segments:
+            masked = (mask,) if segment.shape[1] == 2 else ()
+            logits, state = net(segment, state, *masked)
+            scores.append(logits[mask] if masked else logits)
+        results.append((tuple(scores), state))
+    states_close(results[0][0], results[1][0])
+    states_close(results[0][1], results[1][1])
 
 
 @inits

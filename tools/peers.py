@@ -1,8 +1,8 @@
 """Training and generation speed beside two public packages, in turns on one machine.
 
-    python -m venv /tmp/peers && /tmp/peers/bin/pip install torch==2.13.0 \
+    python -m venv peers && peers/bin/pip install torch==2.13.0 \
         memformer recurrent-memory-transformer-pytorch packaging
-    taskset -c 1 python tools/peers.py --python /tmp/peers/bin/python
+    taskset -c 1 python tools/peers.py --python peers/bin/python
 
 One of the packages has the name of ours, so each side lives in a process of its own. All wait
 while one works; rounds go A B C A B C, and medians of processor time are compared. Each package
