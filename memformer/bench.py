@@ -205,7 +205,7 @@ def segment_loss(
     logits, memory = model(tokens, memory)
     return F.cross_entropy(logits.flatten(0, 1), tokens.flatten()), memory
 
-# %% ../book/benchmarks.ipynb #21b34425
+# %% ../book/benchmarks.ipynb #95128c48
 Method = Callable[[Any, list[Tensor]], None]  # (model, segments): forward and back
 
 
@@ -227,10 +227,8 @@ def layers(model: Any, segments: list[Tensor]) -> None:
 
 
 def replay(model: Any, segments: list[Tensor]) -> None:
-    memory = model.initial_state(len(segments[0]))
-    memory_replay_backward(
-        partial(segment_loss, model), segments, memory, advance=model.advance
-    )
+    step, memory = partial(segment_loss, model), model.initial_state(len(segments[0]))
+    memory_replay_backward(step, segments, memory, advance=model.advance)
 
 
 def replay_layers(model: Any, segments: list[Tensor]) -> None:
@@ -240,8 +238,11 @@ def replay_layers(model: Any, segments: list[Tensor]) -> None:
 
 
 METHODS: dict[str, Method] = {
-    **{"full": full, "layers": layers, "border": partial(full, border=True)},
-    **{"replay": replay, "both": replay_layers},
+    "full": full,
+    "layers": layers,
+    "border": partial(full, border=True),
+    "replay": replay,
+    "both": replay_layers,
 }
 
 # %% ../book/benchmarks.ipynb #980d26d4
