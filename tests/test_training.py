@@ -365,9 +365,8 @@ def test_bits_per_token_count_every_target(seed):
             read.split(length, 1), document.long().split(length), strict=True
         ):
             logits, state = model(piece, state)
-            total += float(
-                torch.nn.functional.cross_entropy(logits[0], target, reduction="sum")
-            )
+            loss = torch.nn.functional.cross_entropy(logits[0], target, reduction="sum")
+            total += loss.item()
     score = training.bits_per_token(model, corpus, batch_size=7, length=length, segments=99)
     assert score == pytest.approx(total / corpus.num_tokens / math.log(2), rel=1e-9)
 
