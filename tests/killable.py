@@ -34,24 +34,27 @@ def live() -> int:
     os._exit(0)
 
 
+def step_saved() -> int:
+    """Of the checkpoint, which is whole whenever one looks."""
+    return read_checkpoint(CHECKPOINT)[1]["step"] if CHECKPOINT.is_file() else 0
+
+
 def main() -> None:
     Trainer(RECIPE, FOLDER, cpu=True)  # imports and data are there before a child is born
     draw = random.Random(int(sys.argv[4]) if KILLS else 0)
+    # Drawn in steps, not seconds, so that a fast machine does not end before the last kill.
+    moments = sorted(draw.sample(range(RECIPE.steps * 3 // 4), KILLS))
     kills: list[int] = []
-    while len(kills) < KILLS:
+    for moment in moments:
         child = live()
-        time.sleep(draw.uniform(0.02, 0.5))
-        finished, _ = os.waitpid(child, os.WNOHANG)
-        if finished:
-            raise SystemExit(
-                "the run ended before it was killed often enough; give it more steps"
-            )
+        while step_saved() < moment:
+            time.sleep(0.002)
+        time.sleep(draw.uniform(0, 0.05))
         os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        step = read_checkpoint(CHECKPOINT)[1]["step"] if CHECKPOINT.is_file() else 0  # is whole
-        kills.append(step)
-    _, status = os.waitpid(live(), 0)
-    if status:
+        if os.waitpid(child, 0)[1] != signal.SIGKILL:
+            raise SystemExit("a run ended by itself before it was killed")
+        kills.append(step_saved())
+    if os.waitpid(live(), 0)[1]:
         raise SystemExit("the last life failed")
     if KILLS:
         (FOLDER / "kills.json").write_text(json.dumps(kills))

@@ -631,7 +631,7 @@ def test_a_run_killed_twenty_times_ends_bit_for_bit_like_one_that_was_not(tmp_pa
     assert left[1] == right[1]
     kills = json.loads((parts / "kills.json").read_text())
     assert len(kills) == 20
-    assert len(set(kills)) > 3  # they fell on different moments
+    assert len(set(kills)) > 10  # they fell on different moments
 
 
 def test_a_signal_lets_the_step_end_saves_and_says_so(tmp_path):
