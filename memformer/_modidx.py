@@ -378,6 +378,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'memformer.training.evaluate': ('training.html#evaluate', 'memformer/training.py'),
                                     'memformer.training.finish': ('training.html#finish', 'memformer/training.py'),
                                     'memformer.training.gradient_of': ('training.html#gradient_of', 'memformer/training.py'),
+                                    'memformer.training.held_out': ('training.html#held_out', 'memformer/training.py'),
                                     'memformer.training.learn': ('training.html#learn', 'memformer/training.py'),
                                     'memformer.training.learning_rate': ('training.html#learning_rate', 'memformer/training.py'),
                                     'memformer.training.load_recipe': ('training.html#load_recipe', 'memformer/training.py'),

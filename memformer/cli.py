@@ -113,12 +113,10 @@ def evaluate(
 ) -> None:
     """Score a run on held-out data, with memory and with memory wiped; prints JSON."""
     from memformer import training
-    from memformer.segments import load_corpus
 
     with exit_codes():
         model, recipe, step = training.load_run(run, change or (), cpu=cpu)
-        corpus = None if recipe.corpus == "recall" else load_corpus(recipe.corpus, "test")
-        score = training.evaluate(model, recipe, corpus)
+        score = training.evaluate(model, recipe, training.held_out(recipe))
     print(json.dumps({"run": str(run), "step": step, **score}))
 
 

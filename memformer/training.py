@@ -46,11 +46,12 @@ from .tasks import RECALL_VOCAB, Curriculum, RecallTask, evaluating, recall_accu
 # %% auto #0
 __all__ = ['Rules', 'MODELS', 'FORMAT', 'FREE', 'RecipeError', 'Recipe', 'type_rules', 'all_rules', 'check_recipe',
            'check_settings', 'check_known', 'recipe_from', 'preset_names', 'changed', 'load_recipe', 'CorpusFeed',
-           'RecallFeed', 'tokens_a_segment', 'make_feed', 'build_model', 'learning_rate', 'make_optimiser', 'Ready',
-           'begin', 'learn', 'Team', 'TrainingError', 'check_finite', 'gradient_of', 'add_gradients', 'Learner',
-           'bits_per_token', 'evaluate', 'GradientByAge', 'slot_health', 'CheckpointError', 'replace_file', 'digest_of',
-           'write_checkpoint', 'read_checkpoint', 'pack_learner', 'under', 'load_weights_into', 'check_same_run',
-           'unpack_learner', 'Run', 'stopping_at_signals', 'finish', 'log_row', 'progress', 'load_run', 'Trainer']
+           'RecallFeed', 'tokens_a_segment', 'make_feed', 'held_out', 'build_model', 'learning_rate', 'make_optimiser',
+           'Ready', 'begin', 'learn', 'Team', 'TrainingError', 'check_finite', 'gradient_of', 'add_gradients',
+           'Learner', 'bits_per_token', 'evaluate', 'GradientByAge', 'slot_health', 'CheckpointError', 'replace_file',
+           'digest_of', 'write_checkpoint', 'read_checkpoint', 'pack_learner', 'under', 'load_weights_into',
+           'check_same_run', 'unpack_learner', 'Run', 'stopping_at_signals', 'finish', 'log_row', 'progress',
+           'load_run', 'Trainer']
 
 # %% ../book/11_training.ipynb #111b9a02
 class RecipeError(ValueError):
@@ -274,7 +275,7 @@ class RecallFeed:
         self.curriculum.report(accuracy)
         return {"hardest": hardest.segments, "hardest_accuracy": accuracy}
 
-# %% ../book/11_training.ipynb #487b0d99
+# %% ../book/11_training.ipynb #4a045853
 MODELS: dict[str, Any] = {"lm": MemformerLM, "encoder-decoder": Memformer}
 
 
@@ -290,6 +291,11 @@ def make_feed(recipe: Recipe) -> CorpusFeed | RecallFeed:
         return RecallFeed(recipe)
     corpus = load_corpus(recipe.corpus, "train", limit=recipe.limit)
     return CorpusFeed(corpus, recipe, tokens_a_segment(recipe))
+
+
+def held_out(recipe: Recipe) -> Corpus | None:
+    """The test split of a recipe's corpus; None for recall, whose problems are always fresh."""
+    return None if recipe.corpus == "recall" else load_corpus(recipe.corpus, "test")
 
 
 def build_model(recipe: Recipe, vocab_size: int) -> Any:
@@ -742,7 +748,7 @@ def unpack_learner(learner: Learner, tensors: dict[str, Tensor]) -> None:
     if team.device.type == "cuda":
         torch.cuda.set_rng_state(tensors["random/cuda"][team.rank], team.device)
 
-# %% ../book/11_training.ipynb #ee619bd3
+# %% ../book/11_training.ipynb #7605015f
 class Run:
     """A run at one moment, and the file it is saved to and resumed from."""
 
@@ -751,7 +757,7 @@ class Run:
         self.checkpoint = Path(folder) / "checkpoint.safetensors"
         self.feed = make_feed(recipe)
         self.learner = Learner(build_model(recipe, self.feed.vocab_size), recipe, self.team)
-        self.test = None if recipe.corpus == "recall" else load_corpus(recipe.corpus, "test")
+        self.test = held_out(recipe)
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         self.losses: list[float] = []  # of every step, in nats a target
         self.log: list[dict[str, Any]] = []
