@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,9 +19,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Train, evaluate and run transformers with a memory made of slots.",
     epilog="Exit codes: 0 done; 1 the run failed; 2 the request cannot be met as given; "
-    "3 trouble with a checkpoint; 75 stopped by a signal and saved, go on with --resume.",
+    "3 trouble with a checkpoint or a file; 75 stopped by a signal and saved, go on with "
+    "--resume.",
 )
-console = Console()
 
 Cpu = Annotated[bool, typer.Option("--cpu", help="Use the CPU even where there is a GPU.")]
 Change = Annotated[
@@ -29,28 +30,45 @@ Change = Annotated[
         "--set", metavar="KEY=VALUE", help="Change a setting: lr=3e-4, model.dim=128."
     ),
 ]
+RunFolder = Annotated[Path, typer.Argument(help="Folder of a run.")]
 
 
-def fail(code: int, error: Exception) -> NoReturn:
+def say(text: str, *, error: bool = False) -> None:
+    """Print a line as it is: what a user wrote is never read as markup."""
+    style = {"markup": False, "highlight": False, "soft_wrap": True}
+    Console(stderr=error).print(text, **style)  # type: ignore[arg-type]
+
+
+def fail(code: int, error: Exception | str) -> NoReturn:
     """Print what is wrong, and leave."""
-    Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+    say(f"error: {error}", error=True)
     raise typer.Exit(code)
 
 
 @contextmanager
 def exit_codes() -> Iterator[None]:
     """Errors that we know become a sentence and an exit code; the others keep their traceback."""
-    from memformer.segments import CorpusError
+    from memformer.checks import MemoryOverflowError
+    from memformer.files import FileError
+    from memformer.tasks import CorpusError
     from memformer.training import CheckpointError, RecipeError, TrainingError
 
     try:
         yield
     except (RecipeError, CorpusError) as error:
         fail(2, error)
-    except CheckpointError as error:
+    except (CheckpointError, FileError) as error:
         fail(3, error)
-    except TrainingError as error:
+    except (TrainingError, MemoryOverflowError) as error:
         fail(1, error)
+    except BrokenPipeError:  # whoever read our output has left, as `head` does
+        hush()
+        raise typer.Exit(0) from None
+
+
+def hush() -> None:
+    """Print nowhere from now on, so that leaving does not fail at a closed pipe."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def line(row: dict[str, Any]) -> str:
@@ -63,14 +81,27 @@ def line(row: dict[str, Any]) -> str:
     return "  ".join([*parts, f"{row['tokens'] / max(row['seconds'], 1e-9):,.0f} tokens/s"])
 
 
+def write_line(row: dict[str, Any]) -> None:
+    """Print a row of the log above the bar, at once. Raises `BrokenPipeError`."""
+    from tqdm import tqdm
+
+    tqdm.write(line(row), file=sys.stdout)
+    sys.stdout.flush()
+
+
 @app.command()
 def train(
     recipe: Annotated[
-        str, typer.Argument(help="A JSON file, or a preset: tiny, recall, paper.")
+        str,
+        typer.Argument(help="A JSON file, or a preset: tiny, recall, stories, paper, …"),
     ],
     out: Annotated[
         Path | None,
         typer.Option(help="Folder of the run; runs/<name of the recipe> if not given."),
+    ] = None,
+    corpus: Annotated[
+        str | None,
+        typer.Option(help="Train on this: your own file, folder or 'pattern*', or a hub id."),
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the checkpoint.")
@@ -81,50 +112,108 @@ def train(
     """Train by a recipe; the folder holds a checkpoint, then a record and the model.
 
     A run may be killed at any moment and goes on with --resume as if nothing had happened.
-    On several devices: torchrun --nproc-per-node 2 -m memformer train …
+    On your own text: memformer train tiny --corpus notes.txt. For the fair opponent of a
+    memory: --set memory=off. On several devices: torchrun --nproc-per-node 2 -m memformer
+    train …, or accelerate launch -m memformer train …
     """
-    from tqdm import tqdm
-
+    from memformer.files import holding
     from memformer.training import CheckpointError, Trainer, load_recipe
+    from memformer.training.feeds import own_path
 
     with exit_codes():
-        plan = load_recipe(recipe, change or ())
+        named = [] if corpus is None else [f"corpus={json.dumps(own_path(corpus))}"]
+        plan = load_recipe(recipe, [*(change or ()), *named])
         folder = out or Path("runs") / plan.name
-        begun = (folder / "checkpoint.safetensors").is_file()
-        if begun and not resume:
-            raise CheckpointError(
-                f"{folder} holds a run already; go on with --resume, or choose another --out"
-            )
-        trainer = Trainer(plan, folder, cpu=cpu)
-        if resume:
-            trainer.resume()
-        if not trainer.run(lambda row: tqdm.write(line(row), file=sys.stdout)):
-            console.print(f"stopped after step {trainer.step}; go on with --resume")
+        leads = int(os.environ.get("RANK", "0")) == 0
+        with holding(folder) if leads else no_lock():
+            begun = (folder / "checkpoint.safetensors").is_file()
+            if begun and not resume:
+                raise CheckpointError(
+                    f"{folder} holds a run already; go on with --resume, or choose another "
+                    "--out"
+                )
+            trainer = Trainer(plan, folder, cpu=cpu)
+            if resume:
+                trainer.resume()
+            done = trainer.run(write_line)
+        if not done:
+            try:
+                say(f"stopped after step {trainer.step}; go on with --resume")
+                sys.stdout.flush()
+            except BrokenPipeError:
+                hush()
             raise typer.Exit(75)
-    if trainer.team.leads:
-        console.print(f"done: {folder}/record.json, {folder}/model/")
+        if trainer.team.leads:
+            say(f"done: {folder}/record.json, {folder}/model/")
+
+
+@contextmanager
+def no_lock() -> Iterator[None]:
+    """What a process holds that is not the first of its team."""
+    yield
+
+
+@app.command()
+def sweep(
+    recipe: Annotated[
+        str, typer.Argument(help="A JSON file or preset with variants, a grid or seeds.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="The record; runs/<name>/record.json if not given.")
+    ] = None,
+    work: Annotated[
+        Path | None, typer.Option(help="Where single runs are kept; runs/<name>/.")
+    ] = None,
+    change: Change = None,
+    cpu: Cpu = False,
+) -> None:
+    """Train every variant with every seed; the record has one row for each.
+
+    May be killed at any moment; the same command goes on where it was.
+    """
+    from memformer.training import load_sweep, run_sweep
+    from memformer.training.recipes import check_name
+
+    with exit_codes():
+        plan = load_sweep(recipe, change or ())
+        check_name(plan.name)
+        folder = work or Path("runs") / plan.name
+        record = out or folder / "record.json"
+        say(f"{len(plan.members)} runs")
+        if not run_sweep(plan, record, folder, cpu=cpu, tell=say):
+            say("stopped; the same command goes on")
+            raise typer.Exit(75)
+        say(f"done: {record}")
 
 
 @app.command()
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    run: RunFolder,
+    without: Annotated[
+        Path | None,
+        typer.Option(help="A run with memory=off to compare with; else one beside it."),
+    ] = None,
     change: Change = None,
     cpu: Cpu = False,
 ) -> None:
-    """Score a run on held-out data, with memory and with memory wiped; prints JSON."""
-    from memformer import training
+    """Score a run on held-out data, beside both controls; prints JSON.
+
+    …_wiped is the same model, its memory wiped at every segment; …_trained_without is the same
+    recipe with memory=off, where there is such a run.
+    """
+    from memformer.training import score_run
 
     with exit_codes():
-        model, recipe, step = training.load_run(run, change or (), cpu=cpu)
-        score = training.evaluate(model, recipe, training.held_out(recipe))
-    print(json.dumps({"run": str(run), "step": step, **score}))
+        score = score_run(run, change or (), without=without, cpu=cpu)
+        print(json.dumps(score))
 
 
 @app.command()
 def generate(
-    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    run: Annotated[Path, typer.Argument(help="Folder of a run, or of a saved model.")],
     prompt: Annotated[
-        str, typer.Option(help="Text, or ids with spaces between, to go on from.")
+        str,
+        typer.Option(help="Text, or ids with spaces between, to go on from; - reads it."),
     ] = "",
     tokens: Annotated[int, typer.Option(min=1, help="How many tokens to draw.")] = 200,
     temperature: Annotated[
@@ -135,57 +224,76 @@ def generate(
         float | None, typer.Option(min=0, max=1, help="Draw from the likeliest that hold p.")
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(help="The same seed draws the same tokens.")
+        int | None,
+        typer.Option(min=0, max=2**63 - 1, help="The same seed draws the same tokens."),
     ] = None,
     ids: Annotated[bool, typer.Option("--ids", help="Print ids, also of text.")] = False,
     cpu: Cpu = False,
 ) -> None:
     """Draw from a run's model, in constant memory however long; prints as it draws.
 
-    Models of text read and write bytes; models of anything else read and write ids.
+    Models of text read and write text; models of anything else read and write ids.
     """
     from itertools import islice
 
     from memformer.streaming import generate_forever
-    from memformer.training import RecipeError, load_run
+    from memformer.training import RecipeError, load_model
 
     with exit_codes():
-        model, recipe, _ = load_run(run, cpu=cpu)
-        start = model.config.start
-        as_text = model.config.vocab_size == 257 and recipe.corpus != "mnist" and not ids
-        read = read_prompt(prompt, start, as_text).to(next(model.parameters()).device)
-        how: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+        model, known = load_model(run, cpu=cpu)
+        text = None if ids else known
+        read = read_prompt(standard_input() if prompt == "-" else prompt, model, text)
+        how: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         try:
-            drawn = islice(generate_forever(model, read, **how), tokens)
+            drawn = islice(generate_forever(model, read, seed=seed, **how), tokens)
+            for token in drawn:
+                number = int(token[0])
+                piece = f"{number} ".encode() if text is None else text.decode([number])
+                sys.stdout.buffer.write(piece)
+                sys.stdout.buffer.flush()
+        except BrokenPipeError:
+            raise
         except ValueError as error:  # a setting of the draw
             raise RecipeError(str(error)) from None
-    for token in drawn:
-        piece = int(token[0])
-        if as_text:
-            sys.stdout.buffer.write(bytes([piece]) if piece < 256 else b"\n")
-        else:
-            sys.stdout.buffer.write(f"{piece} ".encode())
-        sys.stdout.buffer.flush()
-    print()
+        print(flush=True)
 
 
-def read_prompt(prompt: str, start: int, as_text: bool) -> Any:
-    """`(1, 1 + N)` ids: the start token, then bytes or ids. Raises `RecipeError`."""
+def standard_input() -> str:
+    """All of standard input as text, without its last newline. Raises `RecipeError`."""
+    from memformer.training import RecipeError
+
+    try:
+        return sys.stdin.buffer.read().decode().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise RecipeError(
+            f"the prompt on standard input is not UTF-8 text: byte {error.start} cannot be read"
+        ) from None
+
+
+def read_prompt(prompt: str, model: Any, text: Any) -> Any:
+    """`(1, 1 + N)` ids: the start token, then what the prompt says. Raises `RecipeError`."""
     import torch
 
     from memformer.training import RecipeError
 
+    start = model.config.start
     try:
-        ids = list(prompt.encode()) if as_text else [int(word) for word in prompt.split()]
+        prompt.encode()
+    except UnicodeEncodeError:  # bytes that the shell gave us and that are no text
+        raise RecipeError(
+            "the prompt is not UTF-8 text; set the terminal to UTF-8, or give ids"
+        ) from None
+    try:
+        ids = text.encode(prompt).tolist() if text else [int(word) for word in prompt.split()]
     except ValueError:
         raise RecipeError(
-            f"the prompt is {prompt!r}; this model reads ids, whole numbers below {start}, with "
-            "spaces between"
+            f"the prompt is {prompt[:80]!r}; this model reads ids, whole numbers below {start}, "
+            "with spaces between"
         ) from None
     wrong = [number for number in ids if not 0 <= number < start]
     if wrong:
         raise RecipeError(f"the prompt holds id {wrong[0]}; ids must be in [0, {start})")
-    return torch.tensor([[start, *ids]])
+    return torch.tensor([[start, *ids]], device=next(model.parameters()).device)
 
 
 @app.command()
@@ -200,8 +308,9 @@ def bench(
     """Measure what replay or streaming costs on this machine; ratios, taken in one run."""
     import torch
 
-    from memformer import bench as benchmarks
-    from memformer.training import RecipeError, replace_file
+    from memformer.files import FileError, probe_writable, replace_file
+    from memformer.lab import bench as benchmarks
+    from memformer.training import RecipeError
 
     known: dict[str, Any] = {
         "replay": benchmarks.bench_replay,
@@ -213,12 +322,20 @@ def bench(
             raise RecipeError(f"no benchmark {what!r}; there are {', '.join(known)}")
         if size not in benchmarks.SIZES:
             raise RecipeError(f"no size {size!r}; there are {', '.join(benchmarks.SIZES)}")
+        if out is not None:  # before minutes of work
+            if out.is_dir():
+                raise FileError(f"{out} is a folder; name a file for the record")
+            probe_writable(out.parent)
         record = json.dumps(known[what](size, device))
         if out is None:
             print(record)
-        else:
+            return
+        try:
             replace_file(out, (record + "\n").encode())
-            console.print(f"done: {out}")
+        except FileError:
+            print(record)  # so that the work is not lost
+            raise
+        say(f"done: {out}")
 
 
 @app.command()
@@ -226,20 +343,21 @@ def records(
     name: Annotated[str | None, typer.Argument(help="Print this one whole, as JSON.")] = None,
 ) -> None:
     """List the records of finished runs that come with the package."""
-    from memformer.records import load_record, record_names
+    from memformer.lab.records import load_record, record_names
 
-    if name is not None:
-        try:
+    with exit_codes():
+        if name is not None:
+            if name not in record_names():
+                fail(2, f"no record {name!r}; there are {', '.join(record_names())}")
             print(json.dumps(load_record(name), indent=2))
-        except FileNotFoundError as error:
-            fail(2, error)
-        return
-    table = Table("record", "what", "device", "seconds")
-    for known in record_names():
-        record = load_record(known)
-        device = record.get("machine", {}).get("device", "")
-        table.add_row(known, record.get("what", ""), device, f"{record.get('seconds', 0):,.0f}")
-    console.print(table)
+            return
+        table = Table("record", "what", "device", "seconds")
+        for known in record_names():
+            record = load_record(known)
+            device = record.get("machine", {}).get("device", "")
+            seconds = f"{record.get('seconds', 0):,.0f}"
+            table.add_row(known, record.get("what", ""), device, seconds)
+        Console(markup=False).print(table)
 
 
 def main() -> None:

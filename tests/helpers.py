@@ -1,8 +1,11 @@
 """What several test files share: float64 tensors, small random models, tolerances."""
 
+from types import SimpleNamespace
+
 import torch
 
-from memformer.model import Memformer, MemformerConfig, MemformerEncoder, MemformerLM
+from memformer.config import MemformerConfig
+from memformer.model import Memformer, MemformerEncoder, MemformerLM
 
 TIGHT = {"rtol": 1e-10, "atol": 1e-10}
 MODELS = (MemformerLM, Memformer, MemformerEncoder)
@@ -23,18 +26,22 @@ def far(left, right):
 
 
 def small_config(**changes):
-    """Small enough for float64 on one core, with odd sizes wherever they are allowed."""
+    """Small enough for float64 on one core, with odd sizes wherever they are allowed.
+
+    `init="paper"` has as many writer heads as heads, and no convolution.
+    """
     settings = {
         "vocab_size": 23,
         "dim": 12,
         "num_heads": 3,
-        "writer_heads": 2,
         "ffn_dim": 17,
         "encoder_layers": 2,
         "decoder_layers": 2,
         "num_slots": 5,
         "segment_length": 7,
     }
+    if changes.get("init") != "paper":
+        settings |= {"writer_heads": 2}
     return MemformerConfig(**(settings | changes))
 
 
@@ -72,3 +79,9 @@ def states_close(left, right):
     assert len(left) == len(right)
     for one, other in zip(left, right, strict=True):
         states_close(one, other)
+
+
+def corpus_of(lists, start=10):
+    """What `DocumentStreams` asks of a corpus: rows of ids, and the id that opens each."""
+    rows = tuple(torch.tensor(ids, dtype=torch.int64) for ids in lists)
+    return SimpleNamespace(documents=rows, start=start)

@@ -1,6 +1,7 @@
 """Attention against torch's own module and against double loops written from the formulas."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -9,7 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from memformer.attention import MultiHeadAttention, merge_heads, rotate, split_heads
+from memformer.attention import (
+    KeyValueCache,
+    MultiHeadAttention,
+    RotaryPositions,
+    merge_heads,
+    rotary_table,
+    rotate,
+    split_heads,
+    visible_positions,
+)
 
 seeds = st.integers(0, 2**32 - 1)
 sizes = {
@@ -123,15 +133,18 @@ def relative_terms(table):
 
 
 def rotary_terms(half):
-    """Only the distance turns: the query by i − j, the key not at all (Su et al. 2021)."""
+    """Only the distance turns: the query by i − j, the key not at all (Su et al. 2021).
+
+    Feature `pair` of the first half turns together with its fellow in the second half.
+    """
 
     def terms(query, key, value, i, j, head):
         turned = query.clone()
         for pair in range(half):
             angle = (i - j) * 10_000.0 ** (-2 * pair / (2 * half))
-            even, odd = query[2 * pair], query[2 * pair + 1]
-            turned[2 * pair] = even * math.cos(angle) - odd * math.sin(angle)
-            turned[2 * pair + 1] = even * math.sin(angle) + odd * math.cos(angle)
+            left, right = query[pair], query[half + pair]
+            turned[pair] = left * math.cos(angle) - right * math.sin(angle)
+            turned[half + pair] = left * math.sin(angle) + right * math.cos(angle)
         return turned @ key, value
 
     return terms
@@ -178,7 +191,10 @@ def test_relative_attention_has_one_vector_per_head_and_distance():
 @given(seed=seeds, half=st.integers(1, 4), length=st.integers(2, 40))
 def test_rotary_scores_depend_on_distance_alone(seed, half, length):
     torch.manual_seed(seed)
-    query, key = (rotate(randn(1, 1, 1, 2 * half).expand(-1, -1, length, -1)) for _ in "qk")
+    table = rotary_table(length, 2 * half, torch.zeros((), dtype=torch.float64))
+    query, key = (
+        rotate(randn(1, 1, 1, 2 * half).expand(-1, -1, length, -1), table) for _ in "qk"
+    )
     scores = (query @ key.mT)[0, 0]
     for distance in range(1 - length, length):
         line = scores.diagonal(distance)
@@ -190,7 +206,7 @@ def test_rotary_scores_depend_on_distance_alone(seed, half, length):
 def test_rotation_keeps_lengths_and_leaves_position_zero(seed, batch, length, heads, half):
     torch.manual_seed(seed)
     x = randn(batch, heads, length, 2 * half)
-    turned = rotate(x)
+    turned = rotate(x, rotary_table(length, 2 * half, x))
     close(turned.norm(dim=-1), x.norm(dim=-1))
     assert torch.equal(turned[:, :, 0], x[:, :, 0])
 
@@ -266,11 +282,58 @@ def test_padding_on_the_left_is_a_shift(positions, seed, shift, causal):
 @given(seed=seeds, start=st.integers(0, 10_000), half=st.integers(1, 4))
 def test_rotary_positions_can_begin_anywhere(seed, start, half):
     torch.manual_seed(seed)
-    x = randn(1, 2, 9, 2 * half)
+    x, turn = randn(1, 2, 9, 2 * half), RotaryPositions(4, 2 * half)
     later = torch.cat((torch.zeros(1, 2, start % 50, 2 * half).double(), x), dim=2)
-    close(rotate(x, start=start % 50), rotate(later)[:, :, start % 50 :])
-    scores, moved = (rotate(x, start=s) @ rotate(x, start=s).mT for s in (0, start))
+    close(turn(x, start % 50), turn(later)[:, :, start % 50 :])
+    scores, moved = (turn(x, s) @ turn(x, s).mT for s in (0, start))
     torch.testing.assert_close(moved, scores, rtol=1e-8, atol=1e-8)
+
+
+@given(length=st.integers(1, 300), half=st.integers(1, 5), base=st.floats(10, 1e6))
+def test_the_rotary_table_holds_the_angle_of_every_position_and_pair(length, half, base):
+    table = rotary_table(length, 2 * half, torch.zeros((), dtype=torch.float64), base)
+    assert table.shape == (2, length, half)
+    position, pair = length - 1, half - 1
+    angle = position * base ** (-2 * pair / (2 * half))
+    assert float(table[0, position, pair]) == pytest.approx(math.cos(angle), abs=1e-9)
+    assert float(table[1, position, pair]) == pytest.approx(math.sin(angle), abs=1e-9)
+
+
+@given(seed=seeds, lengths=st.lists(st.integers(1, 40), min_size=1, max_size=5))
+def test_a_kept_rotary_table_follows_length_and_dtype(seed, lengths):
+    """Whatever it met before: longer or shorter rows, in 64, 32 or 16 bits."""
+    torch.manual_seed(seed)
+    turn = RotaryPositions(8, 6)
+    dtypes = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    for i, length in enumerate(lengths):
+        x = torch.randn(2, length, 6, dtype=dtypes[(seed + i) % 4])
+        out = turn(x)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        exact = rotate(x.to(wide), rotary_table(length, 6, x))
+        assert out.dtype == x.dtype
+        torch.testing.assert_close(out, exact.to(x.dtype))
+
+
+def test_the_rotary_table_is_no_part_of_a_saved_model():
+    net = attention(12, 3, positions="rotary")
+    assert not list(net.turn.parameters())
+    assert not list(net.turn.buffers())
+    assert set(net.state_dict()) == {"query.weight", "key_value.weight", "output.weight"}
+
+
+def test_a_position_beyond_256_is_itself_in_16_bits():
+    """bfloat16 has eight bits, and takes 257 for 256: angles are computed in 32."""
+    x = torch.ones(1, 300, 2, dtype=torch.bfloat16)
+    assert not torch.equal(
+        RotaryPositions(300, 2)(x)[0, 256], RotaryPositions(300, 2)(x)[0, 257]
+    )
+
+
+def test_a_head_of_odd_width_cannot_turn():
+    with pytest.raises(ValueError, match=r"3 features.*pairs"):
+        RotaryPositions(8, 3)
+    with pytest.raises(ValueError, match=r"3 features.*pairs"):
+        MultiHeadAttention(6, 2, max_length=8, positions="rotary")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.uint8])
@@ -280,3 +343,144 @@ def test_a_mask_is_boolean(positions, dtype):
     for causal in (True, False):
         with pytest.raises(ValueError, match=rf"{dtype}.*torch\.bool \(2, 5\)"):
             ours(x, causal=causal, mask=torch.ones(2, 5, dtype=dtype))
+
+
+# --- a cache --------------------------------------------------------------------------------
+
+
+KINDS = ["none", "rotary", "relative"]
+
+
+def cut(length, cuts):
+    """Pieces of a row: `(begin, end)`, one after another."""
+    borders = sorted({0, length, *(c for c in cuts if c < length)})
+    return list(pairwise(borders))
+
+
+def in_pieces(net, x, cuts, mask=None, size=MAX_LENGTH):
+    """Causal attention token by token, or by any pieces, with a cache."""
+    cache, parts = KeyValueCache(size), []
+    with torch.no_grad():
+        for begin, end in cut(x.shape[1], cuts):
+            seen = None if mask is None else mask[:, :end]
+            parts.append(net(x[:, begin:end], causal=True, mask=seen, cache=cache))
+            assert cache.filled == end
+    return torch.cat(parts, dim=1)
+
+
+cuts_in_a_row = st.sets(st.integers(1, MAX_LENGTH - 1))
+
+
+@pytest.mark.parametrize("positions", KINDS)
+@given(
+    seed=seeds,
+    cuts=cuts_in_a_row,
+    masked=st.sampled_from(["no", "right", "left", "holes"]),
+    **(sizes | {"length": st.integers(1, MAX_LENGTH)}),
+)
+def test_pieces_with_a_cache_are_the_whole(
+    positions, seed, cuts, masked, batch, length, heads, half
+):
+    generator = torch.manual_seed(seed)
+    ours, x = attention(2 * half * heads, heads, positions=positions), None
+    x = randn(batch, length, 2 * half * heads)
+    mask = {
+        "no": None,
+        "right": padding(batch, length, generator),
+        "left": padding(batch, length, generator).flip(1),
+        "holes": torch.rand(batch, length, generator=generator) < 0.7,
+    }[masked]
+    whole, pieces = ours(x, causal=True, mask=mask), in_pieces(ours, x, cuts, mask)
+    real = torch.ones(batch, length, dtype=torch.bool) if mask is None else mask
+    close(pieces[real], whole[real])  # what stands at padding means nothing
+    assert pieces.isfinite().all()
+
+
+@pytest.mark.parametrize("positions", KINDS)
+@given(seed=seeds, cuts=cuts_in_a_row, length=st.integers(1, MAX_LENGTH))
+def test_pieces_with_a_cache_are_the_double_loop(positions, seed, cuts, length):
+    torch.manual_seed(seed)
+    ours, x = attention(12, 3, positions=positions), randn(2, length, 12)
+    terms = {
+        "none": lambda q, k, v, i, j, head: (q @ k, v),
+        "rotary": rotary_terms(2),
+        "relative": relative_terms(table_of(ours)) if positions == "relative" else None,
+    }[positions]
+    close(in_pieces(ours, x, cuts), naive_attention(ours, x, x, True, None, terms))
+
+
+@pytest.mark.parametrize("positions", ["rotary", "relative"])
+def test_pieces_that_forgot_where_they_stand_would_be_noticed(positions, monkeypatch):
+    ours, x = attention(12, 3, positions=positions), randn(2, 6, 12)
+    whole = ours(x, causal=True)
+    close(in_pieces(ours, x, {3}), whole)
+    part = ours.turn if positions == "rotary" else ours.relative
+    right, start = part.forward, -1  # where the start stands among the arguments
+    monkeypatch.setattr(part, "forward", lambda *args: right(*args[:start], 0))
+    assert far(in_pieces(ours, x, {3})[:, 3:], whole[:, 3:])
+
+
+@given(seed=seeds, cuts=cuts_in_a_row, padded=st.booleans())
+def test_pieces_that_look_at_a_cached_context_are_the_whole(seed, cuts, padded):
+    """The context's keys and values are computed once, and pieces may differ in length."""
+    generator = torch.manual_seed(seed)
+    ours, x, context = attention(12, 3), randn(2, MAX_LENGTH, 12), randn(2, 5, 12)
+    mask = padding(2, 5, generator) if padded else None
+    cache, whole = KeyValueCache(5), ours(x, context, mask=mask)
+    with torch.no_grad():
+        for begin, end in cut(MAX_LENGTH, cuts):
+            close(ours(x[:, begin:end], context, mask=mask, cache=cache), whole[:, begin:end])
+            assert cache.filled == 5
+
+
+def test_a_cache_holds_what_it_was_given_in_order_and_no_more_than_its_length():
+    cache, rows = KeyValueCache(6), randn(2, 2, 3, 6, 4)
+    for begin, end in ((0, 1), (1, 4), (4, 6)):
+        key, value = cache.extend(rows[0, :, :, begin:end], rows[1, :, :, begin:end])
+        assert torch.equal(key, rows[0, :, :, :end])
+        assert torch.equal(value, rows[1, :, :, :end])
+    room = cache.store.data_ptr()
+    with pytest.raises(ValueError, match=r"7 positions.*room for 6"):
+        cache.extend(rows[0, :, :, :1], rows[1, :, :, :1])
+    assert torch.equal(cache.held()[0], rows[0])  # a refusal changes nothing
+    cache.clear()
+    assert cache.filled == 0
+    cache.extend(rows[1, :, :, :2], rows[0, :, :, :2])
+    assert torch.equal(cache.held()[1], rows[0, :, :, :2])
+    assert cache.store.data_ptr() == room  # the room stays
+
+
+def test_an_empty_cache_holds_nothing():
+    with pytest.raises(ValueError, match="empty"):
+        KeyValueCache(3).held()
+
+
+@given(
+    batch=st.integers(1, 3),
+    length=st.integers(1, 5),
+    start=st.integers(0, 4),
+    more=st.integers(0, 3),
+    causal=st.booleans(),
+    masked=st.booleans(),
+)
+def test_visible_positions_by_the_rule(batch, length, start, more, causal, masked):
+    """Query i stands at start + i; it sees real keys, in causal order up to its own."""
+    size = start + length + more
+    query, key = torch.zeros(batch, 1, length, 2), torch.zeros(batch, 1, size, 2)
+    mask = torch.rand(batch, size) < 0.6 if masked else None
+    found = visible_positions(query, key, causal, mask, start)
+    for b in range(batch):
+        for i in range(length):
+            rule = [
+                (not causal or j <= start + i) and (mask is None or bool(mask[b, j]))
+                for j in range(size)
+            ]
+            rule = rule if any(rule) else [True] * size  # padding alone sees everything
+            row = [True] * size if found is None else found.expand(batch, 1, -1, -1)[b, 0, i]
+            assert [bool(seen) for seen in row] == rule
+
+
+@pytest.mark.parametrize("positions", ["", "Rotary", "learned", None])
+def test_positions_of_another_kind(positions):
+    with pytest.raises(ValueError, match=r"positions is .*rotary"):
+        MultiHeadAttention(6, 2, max_length=4, positions=positions)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from memformer.attention import MultiHeadAttention, rotate
-from memformer.costs import seconds
+from memformer.lab.costs import seconds
 from memformer.forgetting import BiasedMemoryNorm, drift_angle
 from memformer.model import Memformer, MemformerConfig, MemformerLM, trace
 from memformer.reader import MemoryReader

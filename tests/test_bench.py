@@ -6,23 +6,20 @@ import pytest
 import torch
 from torch import nn
 
-from memformer.bench import (
+from memformer.lab.bench_replay import (
     METHODS,
     SIZES,
-    PeakBytes,
-    Timing,
     bench_replay,
     bench_throughput,
     full,
-    interleaved,
     kept_bytes,
     layers_checkpointed,
     measure_bytes,
     model_of,
-    peak_bytes,
     random_segments,
     step_flops,
 )
+from memformer.lab.measuring import PeakBytes, Timing, interleaved, peak_bytes
 
 TINY, CPU = SIZES["tiny"], torch.device("cpu")
 
@@ -240,6 +237,6 @@ def test_sizes_are_the_papers():
     assert paper.settings["num_slots"] == 32
     assert math.prod(paper.layers["encoder–decoder 4+8"]) == 32
     model = model_of(SIZES["small"], "decoder-only 12")
-    assert len(model.stack.layers) == 12
+    assert len(model.stack.layers.layers) == 12
     assert model.training
     full(model_of(TINY, "decoder-only 2"), random_segments(TINY, 1, CPU))

@@ -2,9 +2,12 @@
 
 import ast
 import copy
+import importlib.util
 import re
+import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import unquote
 
 import nbformat
@@ -18,12 +21,10 @@ CHAPTERS = [path for path in NOTEBOOKS if re.match(r"\d\d_", path.name)]
 PAGES = sorted([*BOOK.glob("*.md"), *NOTEBOOKS])
 CONFIG = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
 
-INSTALL = """\
-# Colab: install the package. Where it is installed already, this does nothing.
-import importlib.util
+sys.path.insert(0, str(ROOT / "tools"))
+import chapters  # noqa: E402  (the tool that measures is the one that is tested)
 
-if importlib.util.find_spec("memformer") is None:
-    %pip install -q "git+{url}\""""
+INSTALL = chapters.first_cell(CONFIG["repository"]["url"])
 
 
 def read(path):
@@ -74,8 +75,10 @@ def without_warnings(notebook):
 
 
 def short_cells(notebook):
-    for cell in cells(notebook, "code"):
-        if (lines := cell.source.count("\n") + 1) > 40:
+    """Nothing that is seen is longer than 40 lines, and only what is exported than 20."""
+    for cell in chapters.visible(notebook):
+        most = 40 if cell.source.startswith("#| export") else 20
+        if (lines := chapters.code_lines(cell)) > most:
             yield f"{lines} lines in {cell.source[:60]!r}"
 
 
@@ -126,9 +129,8 @@ def undescribed(text):
 def colab_cell_first(notebook):
     """The first code cell installs the package, from the one address that _config.yml holds."""
     first = cells(notebook, "code")[0].source
-    expected = INSTALL.format(url=CONFIG["repository"]["url"])
-    if first != expected:
-        yield f"the first code cell is {first!r}; {expected!r} is expected"
+    if first != INSTALL:
+        yield f"the first code cell is {first!r}; {INSTALL!r} is expected"
 
 
 def one_title(notebook):
@@ -177,15 +179,9 @@ RULES = (
 )
 
 
-def page_length(notebook):
-    words = sum(len(cell.source.split()) for cell in cells(notebook, "markdown"))
-    if not 1500 <= words <= 3000:
-        yield f"{words} words; 1,500 to 3,000 are asked for"
-
-
-def number_of_cells(notebook):
-    if not 15 <= (count := len(cells(notebook, "code"))) <= 40:
-        yield f"{count} code cells; 15 to 40 are asked for"
+def within_limits(notebook):
+    """The limits of a chapter: words, cells, lines, pictures, exercises, a box at its head."""
+    yield from chapters.complaints(chapters.measured(notebook))
 
 
 def solved_exercises(notebook):
@@ -209,6 +205,21 @@ def solved_exercises(notebook):
         yield f"exercises {numbers}, of which {solved} have a solution after them"
 
 
+def numbered_figures(notebook):
+    """Every picture has a name of its own, and what prose refers to is there."""
+    names = [c.metadata.get("mystnb", {}).get("figure", {}).get("name") for c in notebook.cells]
+    names = [name for name in names if name]
+    for name, count in Counter(names).items():
+        if count > 1 or not name.startswith("fig-"):
+            yield f"figure {name!r} {count} times; one fig-… is expected"
+    text = "\n".join(cell.source for cell in cells(notebook, "markdown"))
+    for target in re.findall(r"\[Figure\]\(#([^)]*)\)", text):
+        if target not in names:
+            yield f"[Figure](#{target}) leads nowhere"
+    if "{numref}" in text:
+        yield "{numref} is shown raw in Colab; write [Figure](#fig-…)"
+
+
 def closing(notebook):
     heads = re.findall(
         r"(?m)^## (.*)$", "\n".join(cell.source for cell in cells(notebook, "markdown"))
@@ -217,7 +228,7 @@ def closing(notebook):
         yield f"the last sections are {heads[-2:]}"
 
 
-CHAPTER_RULES = (page_length, number_of_cells, solved_exercises, closing)
+CHAPTER_RULES = (within_limits, numbered_figures, solved_exercises, closing)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -241,21 +252,39 @@ def test_chapter(path, rule):
 ALT = "Three curves that fall to zero, the lowest of them first."
 
 
+HEAD = "> **Before you begin.** *You need* chapter 1. *It runs* 20 s. *It exports* nothing."
+
+
+def _shows(kind, number):
+    """The metadata of a cell with a picture."""
+    figure = {"caption": "**A figure.** It shows.", "name": f"fig-x-{number}"}
+    image = {"alt": ALT + " " * number + str(number)}
+    return {"tags": ["hide-input", kind], "mystnb": {"figure": figure, "image": image}}
+
+
 def good_notebook():
     new = nbformat.v4
     word, picture = {"text/plain": "1"}, {"image/png": "aaaa"}
     notebook = new.new_notebook()
     notebook.cells = [
-        new.new_markdown_cell("# Title\n\n> What it is.\n\n" + "word " * 2000),
-        new.new_code_cell(INSTALL.format(url=CONFIG["repository"]["url"])),
+        new.new_markdown_cell(f"# Title\n\n> What it is.\n\n{HEAD}\n\n" + "word " * 2000),
+        new.new_code_cell(INSTALL, metadata={"tags": ["hide-input"]}),
         new.new_code_cell("1", outputs=[new.new_output("execute_result", data=word)]),
         new.new_code_cell(
             "plt.show()",
-            metadata={"mystnb": {"image": {"alt": ALT}}},
+            metadata=_shows("drawing", 0),
             outputs=[new.new_output("display_data", data=picture)],
         ),
         *(new.new_code_cell(f"{i}") for i in range(12)),
-        new.new_markdown_cell("## Exercises\n\n**1.** Why?"),
+        *(
+            new.new_code_cell(
+                "plt.show()",
+                metadata=_shows("plot" if i > 2 else "drawing", i),
+                outputs=[new.new_output("display_data", data=picture)],
+            )
+            for i in range(1, 5)
+        ),
+        new.new_markdown_cell("[Figure](#fig-x-1)\n\n## Exercises\n\n**1.** Why?"),
         *_solution(1),
         new.new_markdown_cell("**2.** And why?"),
         *_solution(2),
@@ -306,15 +335,29 @@ BREAKS = [
     (described_markdown_pictures, _set(-1, source="![](x.png)")),
     (described_markdown_pictures, _set(-1, source='<img src="x.png">')),
     (described_markdown_pictures, _set(-1, source=":::{figure} x.png\n:name: x\n\nText\n:::")),
-    (colab_cell_first, _set(1, source=INSTALL.format(url="https://github.com/other/other"))),
+    (colab_cell_first, _set(1, source=chapters.first_cell("https://github.com/other/other"))),
     (colab_cell_first, lambda nb: nb.cells.pop(1)),
     (one_title, _set(0, source="# Title\n\nWords")),
     (one_title, _set(-1, source="# Another title")),
     (without_paths, _set(4, source="open('/tmp/x')")),
     (without_paths, _output("stream", name="stdout", text="in /home/me/x.py")),
-    (page_length, _set(0, source="# Title\n\n> Short.")),
-    (page_length, _set(0, source="word " * 3001)),
-    (number_of_cells, lambda nb: [nb.cells.pop(4) for _ in range(5)]),
+    (within_limits, _set(0, source=f"# Title\n\n> Short.\n\n{HEAD}")),
+    (within_limits, _set(0, source=f"# Title\n\n{HEAD}" + "word " * 2801)),
+    (within_limits, _set(0, source="# Title\n\n> No box." + "word " * 2000)),
+    (within_limits, lambda nb: nb.cells.extend([nbformat.v4.new_code_cell("1")] * 18)),
+    (within_limits, lambda nb: [c.update(source="1\n" * 7) for c in nb.cells[4:16]]),
+    (within_limits, lambda nb: [c.update(source="1\n" * 21) for c in nb.cells[4:7]]),
+    (within_limits, _set(4, source="1\n" * 21)),
+    (within_limits, _set(4, source="#| export\n" + "1\n" * 41)),
+    (within_limits, lambda nb: nb.cells[3].metadata.update(tags=["hide-input"])),
+    (within_limits, lambda nb: nb.cells[3].metadata.mystnb.pop("figure")),
+    (within_limits, lambda nb: nb.cells[3].metadata.mystnb.pop("image")),
+    (within_limits, lambda nb: nb.cells.pop(3)),
+    (within_limits, lambda nb: nb.cells.pop(19)),
+    (numbered_figures, lambda nb: nb.cells[3].metadata.mystnb.figure.update(name="fig-x-1")),
+    (numbered_figures, lambda nb: nb.cells[3].metadata.mystnb.figure.update(name="x")),
+    (numbered_figures, _set(-1, source="[Figure](#fig-none)")),
+    (numbered_figures, _set(-1, source="{numref}`fig-x-1`")),
     (solved_exercises, lambda nb: nb.cells.pop(-2)),
     (solved_exercises, lambda nb: nb.cells[-2].metadata.pop("tags")),
     (solved_exercises, lambda nb: [nb.cells.pop(-2) for _ in range(2)]),
@@ -434,6 +477,41 @@ def test_the_table_of_contents_is_the_book():
     assert [path.name[:2] for path in CHAPTERS] == [
         f"{n:02d}" for n in range(1, len(CHAPTERS) + 1)
     ]
+
+
+def test_only_a_real_address_is_released(monkeypatch):
+    monkeypatch.setattr(
+        chapters, "address", lambda: "https://github.com/your_account/memformer"
+    )
+    with pytest.raises(SystemExit, match="placeholder"):
+        chapters.release()
+    monkeypatch.setattr(chapters, "address", lambda: "https://github.com/someone/memformer")
+    chapters.release()
+
+
+def run_first_cell(monkeypatch, url, installs):
+    """Run the first cell where the package is missing; `%pip` is a call that may install it."""
+    found, asked = [False], []
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: SimpleNamespace() if found[0] else None
+    )
+
+    def pip(address):
+        asked.append(address)
+        found[0] = installs
+
+    code = re.sub(r"%pip install -q \{(\w+)\}", r"pip(\1)", chapters.first_cell(url))
+    exec(code, {"pip": pip})
+    return asked
+
+
+def test_the_first_cell_installs_or_stops_with_a_sentence(monkeypatch):
+    real = "https://github.com/someone/memformer"
+    assert run_first_cell(monkeypatch, real, True) == [f"git+{real}"]
+    with pytest.raises(SystemExit, match=f"could not be installed from git.{real}"):
+        run_first_cell(monkeypatch, real, False)
+    with pytest.raises(SystemExit, match="your_account"):  # without trying
+        run_first_cell(monkeypatch, "https://github.com/your_account/memformer", True)
 
 
 def test_the_settings_that_the_book_relies_on():

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from memformer.costs import SavedBytes, cache_bytes, seconds, slot_bytes
+from memformer.lab.costs import SavedBytes, cache_bytes, seconds, slot_bytes
 
 sizes = st.integers(1, 50)
 

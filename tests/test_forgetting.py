@@ -128,6 +128,12 @@ def test_the_start_is_learned():
     assert norm.bias.grad.abs().sum(dim=-1).all()
 
 
+def test_by_default_forgetting_is_slow():
+    """A hundredth of a slot's length a segment; the paper's form is one argument away."""
+    assert BiasedMemoryNorm(3, 4).strength == 0.01
+    assert BiasedMemoryNorm(3, 4, strength=1.0).strength == 1.0
+
+
 @pytest.mark.parametrize("strength", [0.03, 1.0])
 def test_the_bias_starts_as_unit_vectors_and_strength_is_the_length_of_v(strength):
     norm = BiasedMemoryNorm(5, 6, strength=strength)
@@ -143,7 +149,7 @@ def test_the_bias_starts_as_unit_vectors_and_strength_is_the_length_of_v(strengt
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_a_slot_that_the_bias_cancels_is_zero_and_not_nan(dtype):
-    norm = BiasedMemoryNorm(3, 4).to(dtype)
+    norm = BiasedMemoryNorm(3, 4, strength=1.0).to(dtype)
     memory = -norm.bias.detach()[None]
     out = norm(memory.requires_grad_())
     assert not out.any()

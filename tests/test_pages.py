@@ -65,6 +65,12 @@ def pages():
     OUTPUT.mkdir(parents=True, exist_ok=True)
     config = OUTPUT / "_config.yml"
     unexecuted = CONFIG | {"execute": {"execute_notebooks": "off"}}
+    unexecuted["sphinx"] = CONFIG["sphinx"] | {
+        "local_extensions": {
+            name: str(ROOT / path)
+            for name, path in CONFIG["sphinx"]["local_extensions"].items()
+        }
+    }
     config.write_text(yaml.safe_dump(unexecuted), encoding="utf-8")
     command = [Path(sys.executable).parent / "jupyter-book", "build", ".", "-W", "--keep-going"]
     command += ["--config", config, "--path-output", OUTPUT, "-q"]
@@ -145,6 +151,52 @@ def test_alt_text_of_a_chapter_reaches_its_page(pages):
                 assert re.sub(r"\s+", " ", alt).strip() in shown, f"{source.name}: {alt[:60]}"
 
 
+# --- cells and figures ----------------------------------------------------------------------
+
+
+def text_of(page):
+    return page.path.read_text(encoding="utf-8")
+
+
+def test_no_page_shows_a_directive_and_every_exported_cell_says_where_it_goes(pages):
+    for source in NOTEBOOKS:
+        shown = text_of(pages[BUILT / source.relative_to(ROOT).with_suffix(".html")])
+        assert not re.search(r"#\|\s", html.unescape(re.sub(r"<[^>]+>", "", shown))), (
+            source.name
+        )
+        code = json.loads(source.read_text(encoding="utf-8"))["cells"]
+        exports = [
+            cell
+            for cell in code
+            if "".join(cell["source"]).startswith("#| export\n")
+            and "remove-cell" not in cell["metadata"].get("tags", [])
+        ]
+        assert shown.count('class="exported-to') == len(exports), source.name
+
+
+def test_figures_are_numbered_and_references_to_them_too(pages):
+    numbers = set()
+    for source in NOTEBOOKS:
+        shown = text_of(pages[BUILT / source.relative_to(ROOT).with_suffix(".html")])
+        cells = json.loads(source.read_text(encoding="utf-8"))["cells"]
+        named = sum("figure" in c["metadata"].get("mystnb", {}) for c in cells)
+        here = re.findall(r'caption-number">Figure ([\d.]+) ', shown)
+        assert len(here) == named, source.name
+        assert not numbers & set(here), source.name
+        numbers |= set(here)
+        text = "".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+        asked = len(re.findall(r"\[Figure\]\(#fig-", text))
+        assert len(re.findall(r"std-numref\">Figure [\d.]+<", shown)) == asked, source.name
+
+
+def test_no_page_loads_what_no_page_uses(pages):
+    for path, page in pages.items():
+        assert "thebe" not in text_of(page).lower(), path.name
+    size = sum(p.stat().st_size for p in (BUILT / "_static").rglob("*") if p.is_file())
+    assert size < 10e6
+    assert (BUILT / "_static" / "mathjax" / "tex-chtml.js").is_file()
+
+
 # --- launch buttons -------------------------------------------------------------------------
 
 
@@ -179,7 +231,9 @@ async function measure(url, width) {
   await new Promise(done => { frame.onload = done; document.documentElement.append(frame); });
   const page = frame.contentDocument, root = page.documentElement;
   await page.fonts.ready;
-  await new Promise(done => setTimeout(done, 50));
+  const math = frame.contentWindow.MathJax;
+  if (math && math.startup) await math.startup.promise;
+  await new Promise(done => setTimeout(done, 100));
   const scrolls = element => {  // inside a box that scrolls by itself?
     for (let e = element.parentElement; e && e !== page.body; e = e.parentElement)
       if (frame.contentWindow.getComputedStyle(e).overflowX !== "visible") return true;
@@ -188,10 +242,30 @@ async function measure(url, width) {
   const content = page.querySelector("article") || page.body;  // side bars wait out of sight
   const wide = [...content.querySelectorAll("*")].filter(
     e => e.getBoundingClientRect().right > width + 1 && !scrolls(e));
+  const view = frame.contentWindow, shown = e => e.getClientRects().length > 0 && !e.closest("details:not([open])");
+  view.dispatchEvent(new Event("resize"));
+  const PARTS = "img, table, pre, mjx-container[display]";
+  const parts = [...content.querySelectorAll(PARTS)].filter(shown);
+  const cut = parts.filter(e => {  // beyond the screen, and no box around it scrolls
+    if (e.getBoundingClientRect().right <= width + 1) return false;
+    for (let b = e.parentElement; b && b !== page.body; b = b.parentElement)
+      if (/auto|scroll/.test(view.getComputedStyle(b).overflowX)) return false;
+    return true;
+  });
+  const clipped = parts.filter(e => e.tagName !== "IMG" && e.scrollWidth > e.clientWidth + 2 &&
+    !/auto|scroll/.test(view.getComputedStyle(e).overflowX));
+  const silent = parts.filter(e => e.tagName !== "IMG" && e.scrollWidth > e.clientWidth + 2 &&
+    !e.classList.contains("scrolls-sideways"));
+  view.dispatchEvent(new Event("beforeprint"));
+  const folded = content.querySelectorAll("details:not([open]), .toggle-hidden").length;
+  view.dispatchEvent(new Event("afterprint"));
+  const open = content.querySelectorAll("details[open]").length;
+  const short = list => list.slice(0, 4).map(e => e.outerHTML.slice(0, 120));
   const broken = [...page.images].filter(
     i => i.src.startsWith(location.origin) && !i.naturalWidth);
   results.push({url, width, page: Math.max(root.scrollWidth, page.body.scrollWidth),
-    wide: wide.slice(0, 4).map(e => e.outerHTML.slice(0, 120)),
+    wide: short(wide), cut: short(cut), clipped: short(clipped), silent: short(silent),
+    folded, open, modes: [root.dataset.mode, root.dataset.theme],
     broken: broken.map(i => i.src)});
   frame.remove();
 }
@@ -203,7 +277,8 @@ async function measure(url, width) {
 FORGED = {
     "/__fits__.html": b"<!doctype html><meta charset=utf-8><p>A line of text.",
     "/__wide__.html": b"<!doctype html><meta charset=utf-8><div style='width:900px'>x</div>"
-    b"<img alt='none' src='/no-such-picture.png'>",
+    b"<img alt='none' src='/no-such-picture.png'><table style='width:800px'><td>x</table>"
+    b"<pre style='width:200px;overflow-x:auto'>" + b"x" * 300 + b"</pre>",
 }
 
 
@@ -308,6 +383,39 @@ def test_no_page_scrolls_sideways(widths, width):
     rows = [row for (url, at), row in widths.items() if at == width and url not in FORGED]
     too_wide = [row for row in rows if row["page"] > width + 1 or row["wide"]]
     assert not too_wide
+
+
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+
+
+@needs_chromium
+@pytest.mark.parametrize("kind", ["cut", "clipped", "silent"])
+@pytest.mark.parametrize("width", [PHONE, DESK])
+def test_what_is_wider_than_the_screen_scrolls_in_a_box_that_shows_it(widths, width, kind):
+    """Pictures, formulas, tables and outputs: none cut off, none that scrolls without a cue."""
+    found = {u: row[kind] for (u, at), row in widths.items() if at == width and row.get(kind)}
+    assert not {url: rows for url, rows in found.items() if url not in FORGED}
+
+
+@needs_chromium
+def test_a_picture_that_is_cut_and_a_table_that_scrolls_silently_are_noticed(widths):
+    row = widths["/__wide__.html", PHONE]
+    assert row["cut"]
+    assert row["silent"]
+
+
+@needs_chromium
+def test_printing_opens_what_is_folded_and_closes_it_again(widths):
+    rows = {url: row for (url, at), row in widths.items() if at == DESK and url not in FORGED}
+    assert not {url: row["folded"] for url, row in rows.items() if row["folded"]}
+    assert not {url: row["open"] for url, row in rows.items() if row["open"]}
+
+
+@needs_chromium
+def test_a_page_knows_its_colours(widths):
+    for (url, _), row in widths.items():
+        if url not in FORGED:
+            assert row["modes"][0] in ("auto", "light", "dark"), url
 
 
 def test_every_picture_is_shown(widths):

@@ -1,5 +1,7 @@
 """Reading against torch's attention module with the same weights."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from helpers import close, far, randn
@@ -7,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from memformer.attention import KeyValueCache
 from memformer.reader import MemoryReader
 
 seeds = st.integers(0, 2**32 - 1)
@@ -122,3 +125,67 @@ def test_under_autocast_a_float32_memory_is_read_and_gets_a_float32_gradient():
     assert memory.grad.dtype == torch.float32
     assert memory.grad.isfinite().all()
     torch.testing.assert_close(read.float(), reader(x, memory), rtol=0.1, atol=0.15)
+
+
+# --- a cache, and how a reader starts -------------------------------------------------------
+
+
+@given(
+    seed=seeds,
+    normalise=st.booleans(),
+    cuts=st.sets(st.integers(1, 8)),
+    **(sizes | {"length": st.integers(1, 9)}),
+)
+def test_reading_in_pieces_with_a_cache_is_reading_at_once(
+    seed, normalise, cuts, batch, length, slots, heads, width
+):
+    torch.manual_seed(seed)
+    reader = reader_for(heads, width, normalise)
+    x, memory = randn(batch, length, heads * width), randn(batch, slots, heads * width)
+    expected, expected_weights = reader(x, memory, return_weights=True)
+    cache, borders = KeyValueCache(slots), sorted({0, length, *(c for c in cuts if c < length)})
+    with torch.no_grad():
+        for begin, end in pairwise(borders):
+            piece = x[:, begin:end]
+            read, weights = reader(piece, memory, return_weights=True, cache=cache)
+            close(read, expected[:, begin:end])
+            close(weights, expected_weights[:, :, begin:end])
+            assert cache.filled == slots  # the keys of the memory, once
+
+
+def test_a_cached_reader_computes_keys_once_and_another_memory_needs_a_cleared_cache():
+    reader, cache = reader_for(2, 3, normalise=True), KeyValueCache(5)
+    x, one, other = randn(2, 4, 6), randn(2, 5, 6), randn(2, 5, 6)
+    with torch.no_grad():
+        first = reader(x, one, cache=cache)
+        assert torch.equal(reader(x, other, cache=cache), first)  # as it was told to
+        cache.clear()
+        close(reader(x, other, cache=cache), reader(x, other))
+    assert far(reader(x, one), reader(x, other))
+
+
+@given(seed=seeds, start=st.floats(0, 3), heads=st.integers(1, 3), width=st.integers(1, 4))
+def test_a_reader_can_start_silent_or_softly(seed, start, heads, width):
+    """`output_start` scales what an untrained reader adds, and nothing else."""
+    loud, soft = [], []
+    for found, size in ((loud, 1.0), (soft, start)):
+        torch.manual_seed(seed)
+        reader = MemoryReader(heads * width, heads, output_start=size).double()
+        x, memory = randn(2, 3, heads * width), randn(2, 4, heads * width)
+        found += reader(x, memory, return_weights=True)
+    torch.testing.assert_close(soft[0], start * loud[0], rtol=1e-5, atol=1e-7)
+    assert torch.equal(soft[1], loud[1])
+
+
+def test_a_silent_reader_is_learned_from_its_output_on():
+    reader = MemoryReader(6, 2, output_start=0.0).double()
+    x, memory = randn(2, 3, 6), randn(2, 4, 6)
+    assert not reader(x, memory).any()
+    (reader(x, memory) * randn(2, 3, 6)).sum().backward()
+    assert reader.output.weight.grad.any()
+    assert not reader.value.weight.grad.any()  # behind the silence nothing is felt yet
+
+
+def test_by_default_slots_are_normalised_before_they_are_read():
+    assert isinstance(MemoryReader(6, 2).norm, nn.LayerNorm)
+    assert isinstance(MemoryReader(6, 2, normalise=False).norm, nn.Identity)

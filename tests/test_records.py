@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import memformer
-from memformer import records
+from memformer.lab import records
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from helpers import close, randn
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memformer.slots import check_memory, effective_slots, separate_slots, slot_similarity
+from memformer.slots import effective_slots, separate_slots, slot_similarity, unit_rows
 
 seeds = st.integers(0, 2**32 - 1)
 
@@ -118,13 +118,34 @@ def test_narrow_memories_are_measured_in_32_bits(dtype):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 def test_a_memory_of_zeros_is_finite(dtype):
     memory = torch.zeros(2, 4, 8, dtype=dtype)
-    assert effective_slots(memory).tolist() == [1.0, 1.0]
+    assert effective_slots(memory).tolist() == [0.0, 0.0]  # worth no slot at all
     assert not slot_similarity(memory).any()
+    memory[1, 2, 5] = 3
+    assert effective_slots(memory).tolist() == pytest.approx([0.0, 1.0])
+    memory[1, 2, 5] = 0
     memory[:, :2] = torch.eye(8, dtype=dtype)[:2]
     assert effective_slots(memory).tolist() == pytest.approx([2.0, 2.0])
 
 
-@pytest.mark.parametrize("memory", [None, (), [[0.0]], 1.5])
-def test_no_tensor_is_no_memory(memory):
-    with pytest.raises(TypeError, match=rf"{type(memory).__name__};.*initial_state"):
-        check_memory(memory, 1, 1, torch.zeros(1))
+@given(seed=seeds, batch=st.integers(1, 3), slots=st.integers(1, 5), dim=st.integers(1, 6))
+def test_unit_rows_divide_each_row_by_its_own_length(seed, batch, slots, dim):
+    torch.manual_seed(seed)
+    x = randn(batch, slots, dim) * 10 ** (4 * torch.rand(batch, slots, 1) - 2).double()
+    unit = unit_rows(x)
+    for b in range(batch):
+        for i in range(slots):
+            length = math.sqrt(sum(float(v) ** 2 for v in x[b, i]))
+            close(unit[b, i], x[b, i] / length)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_row_of_zeros_has_no_direction(dtype):
+    """Nor NaN in the gradient; a row shorter than the guard is divided by the guard."""
+    x = torch.zeros(2, 3, dtype=dtype)
+    x[1, 0] = 1e-7
+    unit = unit_rows(x.requires_grad_())
+    assert not unit[0].any()
+    assert unit[1].tolist() == pytest.approx([0.1, 0, 0], rel=0.3)  # as 16 bits round it
+    unit.sum().backward()
+    assert not x.grad.isnan().any()
+    assert dtype == torch.float16 or x.grad.isfinite().all()  # 1e6 is too large for 16 bits

@@ -3,13 +3,14 @@
 import math
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from helpers import SEGMENT_MODELS, build, close, far, memory_in, states_close, tokens_for
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memformer.attention import rotate
+from memformer.checks import MemoryOverflowError
 from memformer.model import Memformer, MemformerEncoder, MemformerLM, MemformerState
 from memformer.segments import IGNORE, Segment, reset_state, run_segments, split_segments
 from memformer.streaming import (
@@ -21,13 +22,12 @@ from memformer.streaming import (
     generate,
     generate_forever,
     incremental,
-    rotary_angles,
     segment_length,
     stream,
-    turn,
 )
 
 POSITIONS = "rotary", "relative", "none"
+WIDTHS = pytest.mark.parametrize("width", [1, 2, 4, 6, 9])  # of the convolution; segments: 7
 EVERY = pytest.mark.parametrize("kind", SEGMENT_MODELS)
 
 
@@ -66,18 +66,9 @@ class Counter(torch.nn.Module):
 # ---------------------------------------------------------------- the cache
 
 
-def test_angles_from_the_table_turn_as_rotate_does():
-    x = torch.randn(2, 3, 5, 8, dtype=torch.float64)
-    table = rotary_angles(40, x)
-    for start in (0, 17, 35):
-        close(turn(x, table[start : start + 5]), rotate(x, start=start))
-    half = x.to(torch.bfloat16)
-    assert torch.equal(turn(half, rotary_angles(5, half)), rotate(half))
-
-
 @EVERY
 @pytest.mark.parametrize("positions", POSITIONS)
-@pytest.mark.parametrize("init", ["keep", "paper"])
+@pytest.mark.parametrize("init", ["learn", "paper"])
 @pytest.mark.parametrize("cache", [True, False])
 def test_scores_and_state_equal_the_plain_call(kind, positions, init, cache):
     model = net(kind, positions, init=init)
@@ -90,8 +81,37 @@ def test_scores_and_state_equal_the_plain_call(kind, positions, init, cache):
 
 
 @EVERY
-def test_token_by_token(kind):
-    model = net(kind)
+@WIDTHS
+@pytest.mark.parametrize("cache", [True, False])
+def test_the_convolution_meets_the_tokens_of_its_own_segment(kind, width, cache):
+    model = net(kind, convolution=width)
+    tokens = tokens_for(model, 3, 40)
+    expected, state = run_segments(model, tokens, 7)
+    decoder = incremental(model, 3, cache=cache)
+    close(feed_all(decoder, tokens, torch.randint(1, 6, (40,)).tolist()), expected)
+    states_close(decoder.end_segment(), state)
+
+
+@EVERY
+@WIDTHS
+@pytest.mark.parametrize("at", [1, 3, 6])
+@pytest.mark.parametrize("size", [1, 2])
+def test_the_convolution_of_a_row_that_begins_late(kind, width, at, size):
+    """The tokens of the document before do not meet those of the new one."""
+    model = net(kind, convolution=width)
+    tokens = tokens_for(model, 2, 21)
+    decoder = incremental(model, 2)
+    feed_all(decoder, tokens[:, :at], [1, 1])
+    decoder.reset(torch.tensor([False, True]))
+    after = feed_all(decoder, tokens[:, at:], [size] * 21)
+    close(after[1:], document_alone(model, tokens[1:], at, 21))
+    close(after[:1], run_segments(model, tokens[:1], 7)[0][:, at:])
+
+
+@EVERY
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_token_by_token(kind, positions):
+    model = net(kind, positions)
     tokens = tokens_for(model, 2, 22)
     expected, _ = run_segments(model, tokens, 7)
     decoder = incremental(model, 2)
@@ -234,9 +254,9 @@ def test_the_cache_is_one_segment_of_keys_and_values():
     model = net(MemformerLM)
     decoder = incremental(model, 2)
     decoder.feed(tokens_for(model, 2, 30))
-    for part in decoder.caches:
-        assert part.key.shape == part.value.shape == (2, 2, 7, 6)
-        assert part.source[0].shape == (2, 2, 5, 6)
+    for layer in decoder.cache.layers:
+        assert layer.tokens.store.shape == (2, 2, 2, 7, 6)  # keys and values
+        assert layer.source.store.shape == (2, 2, 2, 5, 6)
 
 
 def test_count_bytes_counts_storages_once():
@@ -672,6 +692,81 @@ def test_bad_prompts(kind, cache):
         generate(model, good, 0)
     with pytest.raises(ValueError, match="2 rows; 3 are expected"):
         generate(model, good, 3, state=incremental(model, 3, cache=cache))
+
+
+@pytest.mark.parametrize("prompt", [[1, 2, 3], (1, 2), 5, np.arange(6).reshape(2, 3), "text"])
+def test_a_prompt_that_is_no_tensor(prompt):
+    model, name = net(MemformerLM), type(prompt).__name__
+    for state in (None, incremental(model, 1)):
+        with pytest.raises(TypeError, match=rf"type {name}; .*torch.tensor\(\[\[1, 2, 3\]\]\)"):
+            generate(model, prompt, 20, state=state)
+    with pytest.raises(TypeError, match=f"type {name}"):
+        incremental(model, 1).feed(prompt)
+
+
+@pytest.mark.parametrize("chunks", [[1, 2, 3], np.arange(6).reshape(2, 3), ["text"], [None]])
+def test_chunks_that_are_no_tensors(chunks):
+    with pytest.raises(TypeError, match=r"a chunk is of type .*; a tensor .* or a Segment"):
+        list(stream(net(MemformerLM), chunks))
+
+
+@pytest.mark.parametrize("number", [0, -3, 2.5, math.nan, "many", None, True + 0.5])
+def test_a_number_of_tokens_that_is_none(number):
+    with pytest.raises(ValueError, match=r"num_tokens is .*; it must be at least 1"):
+        generate(net(MemformerLM), None, number)
+
+
+def test_settings_may_be_numpy_numbers():
+    model, numbers = net(MemformerLM), {"temperature": np.float32(0.5), "top_k": np.int64(3)}
+    plain = generate(model, None, 9, temperature=0.5, top_k=3, top_p=0.5, seed=1)
+    again = generate(model, None, np.int64(9), top_p=np.float64(0.5), seed=1, **numbers)
+    assert torch.equal(plain, again)
+
+
+@EVERY
+@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_weights_that_overflowed_generate_nothing(kind, cache, temperature):
+    model = net(kind)
+    with torch.no_grad():
+        model.output.weight[3, 4] = math.nan
+    with pytest.raises(ValueError, match="scores are NaN or infinite"):
+        generate_forever(model, None, temperature=temperature, cache=cache)  # at the call
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.fill_(math.nan)
+    for state in (None, build(kind).initial_state(2)):
+        with pytest.raises(ValueError, match="NaN"):
+            generate(model, None, 3, temperature=temperature, cache=cache, state=state)
+
+
+def test_scores_that_overflow_later_are_refused_too():
+    decoder = incremental(net(MemformerLM), 2)
+    endless = generate_forever(None, None, state=decoder, temperature=0)
+    next(endless)
+    decoder.scores = torch.full_like(decoder.scores, math.nan)
+    with pytest.raises(ValueError, match="scores are NaN"):
+        next(endless)
+
+
+def test_some_scores_may_be_minus_infinity():
+    scores = torch.randn(4, 9)
+    scores[:, 2:] = -math.inf
+    for sampler in (Sampler(), Sampler(0), Sampler(0.5, 3), Sampler(top_p=0.9)):
+        assert (sampler(scores) < 2).all()
+    with pytest.raises(ValueError, match="infinite"):
+        Sampler()(torch.full((1, 4), -math.inf))
+
+
+@pytest.mark.parametrize("kind", SEGMENT_MODELS)
+def test_a_state_that_overflowed(kind):
+    model = net(kind)
+    state = model.initial_state(1)
+    memory_in(state).data = torch.full_like(memory_in(state), math.nan)
+    with pytest.raises(MemoryOverflowError, match="NaN"):
+        incremental(model, 1, state)
+    with pytest.raises(MemoryOverflowError, match="NaN"):
+        list(stream(model, tokens_for(model, 1, 3), state))
 
 
 @EVERY

@@ -104,7 +104,8 @@ def test_the_source_tree_is_out_of_reach(machine, tmp_path):
 
 
 def test_records_come_with_the_wheel(machine, tmp_path):
-    code = "from memformer.records import *; print(data_folder(), *record_names())"
+    code = "from memformer.files import data_folder as where\n"
+    code += "from memformer.lab.records import record_names\nprint(where(), *record_names())"
     folder, *names = ask(code, machine, tmp_path).split()
     assert folder.startswith(machine["PYTHONPATH"].split(os.pathsep)[1])
     assert names == sorted(path.stem for path in (ROOT / "data" / "runs").glob("*.json"))

@@ -1,6 +1,7 @@
 """Writing against a loop over slots, heads and tokens written from PAPER.md's formula."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from memformer.writer import MemoryWriter, keep_bias_for
+from memformer.slots import separate_slots
+from memformer.writer import MemoryWriter, ShortConvolution, blend, keep_bias_for, slot_weights
 
 seeds = st.integers(0, 2**32 - 1)
 temperatures = st.floats(0.05, 4.0)
@@ -24,16 +26,22 @@ sizes = {
 
 
 def writer_for(heads, width, temperature=0.25, keep_bias=None, normalise=True):
+    """As after training: queries of any size, and a bias of its own in every head."""
     writer = MemoryWriter(
-        heads * width, heads, temperature, keep_bias=keep_bias, normalise=normalise
+        heads * width,
+        heads,
+        temperature,
+        self_weight=None if keep_bias is None else 0.8,
+        normalise=normalise,
     )
     writer = writer.double().eval()
+    writer.query.reset_parameters()
     if normalise:
         nn.init.normal_(writer.norm.weight)
         nn.init.normal_(writer.norm.bias)
     if keep_bias is not None:  # heads of their own, so that a mixed-up head shows
         with torch.no_grad():
-            writer.keep_bias.add_(torch.randn_like(writer.keep_bias))
+            writer.keep_bias.copy_(keep_bias + torch.randn_like(writer.keep_bias))
     return writer
 
 
@@ -245,7 +253,13 @@ def test_a_low_temperature_writes_the_best_match_alone(seed, heads, width):
 def test_keep_bias_for_gives_the_self_weight_that_was_asked_for(share, length, temperature):
     """Exactly, where no score differs from zero."""
     bias = keep_bias_for(share, length, temperature)
-    writer = MemoryWriter(6, 2, temperature, keep_bias=0.0).double()
+    writer = MemoryWriter(6, 2, temperature, self_weight=share, length=length).double()
+    torch.testing.assert_close(
+        writer.keep_bias.flatten().detach(),
+        torch.full((2,), bias).double(),
+        rtol=1e-6,
+        atol=1e-7,
+    )  # it was drawn up in 32 bits
     with torch.no_grad():
         writer.query.weight.zero_()
         writer.keep_bias.fill_(bias)
@@ -256,7 +270,7 @@ def test_keep_bias_for_gives_the_self_weight_that_was_asked_for(share, length, t
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_in_half_precision_weights_still_sum_to_one(dtype):
     """The softmax over self and tokens is taken in 32 bits, so τ does not blow it up."""
-    writer = MemoryWriter(8, 2, 0.05, keep_bias=1.0).to(dtype)
+    writer = writer_for(2, 4, 0.05, 1.0).to(dtype)
     memory, x = randn(2, 3, 8).to(dtype), randn(2, 60, 8).to(dtype)
     new, weights = writer(memory, x, return_weights=True)
     assert new.dtype == dtype
@@ -264,12 +278,96 @@ def test_in_half_precision_weights_still_sum_to_one(dtype):
     torch.testing.assert_close(weights.float().sum(dim=-1), torch.ones(2, 2, 3))
 
 
-def test_a_whole_number_is_a_keep_bias():
-    """Of the weights' own type: an integer could not be learned."""
-    bias = MemoryWriter(6, 2, keep_bias=2).keep_bias
+def test_the_keep_bias_is_learned_in_every_head():
+    bias = MemoryWriter(6, 2).keep_bias
+    assert bias.shape == (2, 1, 1)
     assert bias.dtype == torch.float32
     assert bias.requires_grad
-    assert bias.tolist() == [[[2.0]], [[2.0]]]
+    writer, target = writer_for(2, 3, keep_bias=0.0), randn(2, 3, 6)
+    (writer(randn(2, 3, 6), randn(2, 4, 6)) * target).sum().backward()
+    assert writer.keep_bias.grad.all()
+
+
+def untrained_self_weight(dim, heads, length, target, normalise, tokens):
+    """Mean self-weight of new writers, over many slots and streams."""
+    shares = []
+    for _ in range(2):
+        writer = MemoryWriter(
+            dim, heads, self_weight=target, length=length, normalise=normalise
+        )
+        memory = separate_slots(32, dim)[None].expand(2, -1, -1)
+        x = tokens(torch.randn(2, length, dim))
+        with torch.no_grad():
+            shares.append(writer(memory, x, return_weights=True)[1][..., 0].mean())
+    return float(torch.stack(shares).mean())
+
+
+TOKENS = {
+    "as the last layer leaves them": lambda x: nn.functional.layer_norm(x, x.shape[-1:]),
+    "of length one": lambda x: nn.functional.normalize(x, dim=-1),
+}
+
+
+@pytest.mark.parametrize("tokens", TOKENS.values(), ids=TOKENS)
+@pytest.mark.parametrize("normalise", [True, False])
+@pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize("target", [0.5, 0.8, 0.95, 0.98])
+@pytest.mark.parametrize("length", [8, 64, 512])
+def test_an_untrained_writer_keeps_what_it_was_told_to(
+    length, target, heads, normalise, tokens
+):
+    """Within .03 of the target, at any length and width: the formula is true at the start."""
+    for dim in (32, 128, 512):
+        found = untrained_self_weight(dim, heads, length, target, normalise, tokens)
+        assert found == pytest.approx(target, abs=0.03), dim
+
+
+def test_large_queries_would_break_that_promise():
+    """Why queries start small: at their usual size scores spread, and tokens win."""
+    writer, told = MemoryWriter(128, self_weight=0.8, length=64), 0.8
+    x = nn.functional.layer_norm(torch.randn(4, 64, 128), (128,))
+    memory = torch.stack([separate_slots(16, 128) for _ in range(4)])
+    with torch.no_grad():
+        writer.query.reset_parameters()
+        found = writer(memory, x, return_weights=True)[1][..., 0].mean()
+    assert float(found) < told - 0.05
+
+
+@pytest.mark.parametrize("wrong", [0, 1, -0.1, 1.5, float("nan"), float("inf")])
+def test_self_weights_that_cannot_be(wrong):
+    with pytest.raises(ValueError, match=r"self_weight is .*between 0 and 1"):
+        MemoryWriter(6, 2, self_weight=wrong)
+    with pytest.raises(ValueError, match="length is 0"):
+        MemoryWriter(6, 2, self_weight=0.5, length=0)
+
+
+@given(seed=seeds, temperature=temperatures, keep_bias=biases, masked=st.booleans(), **sizes)
+def test_the_two_halves_of_a_write(
+    seed, temperature, keep_bias, masked, batch, length, slots, heads, width
+):
+    """`slot_weights` and `blend`, each by its own formula, one number at a time."""
+    torch.manual_seed(seed)
+    query, own_key, old = (randn(batch, heads, slots, width) for _ in range(3))
+    key, value = (randn(batch, heads, length, width) for _ in range(2))
+    bias = None if keep_bias is None else keep_bias + randn(heads, 1, 1)
+    mask = torch.rand(batch, length) < 0.6 if masked else None
+    weights = slot_weights(query, own_key, key, temperature, bias, mask)
+    new = blend(weights, old, value)
+    for b in range(batch):
+        for h in range(heads):
+            for i in range(slots):
+                own = float(query[b, h, i] @ own_key[b, h, i]) / math.sqrt(width)
+                scores = [own + (0.0 if bias is None else float(bias[h, 0, 0]))]
+                for t in range(length):
+                    seen = float(query[b, h, i] @ key[b, h, t]) / math.sqrt(width)
+                    scores.append(seen if mask is None or mask[b, t] else -math.inf)
+                top = max(scores)
+                powers = [math.exp((score - top) / temperature) for score in scores]
+                shares = [power / sum(powers) for power in powers]
+                assert weights[b, h, i].tolist() == pytest.approx(shares, abs=1e-10)
+                mixed = shares[0] * old[b, h, i]
+                mixed = mixed + sum(shares[1 + t] * value[b, h, t] for t in range(length))
+                close(new[b, h, i], mixed)
 
 
 @pytest.mark.parametrize("keep_bias", [None, 0.7])
@@ -320,7 +418,8 @@ def test_heads_of_a_slot_may_take_different_tokens_and_one_head_cannot():
     memory = torch.cat((left, right / 2), dim=-1)[None]
     written = {}
     for heads in (1, 2):
-        writer = MemoryWriter(6, heads, keep_bias=-1e9, normalise=False).double()
+        writer = MemoryWriter(6, heads, normalise=False).double()
+        nn.init.constant_(writer.keep_bias, -1e9)
         for layer in (writer.query, writer.key, writer.value):
             nn.init.eye_(layer.weight)
         hard = 1e6 * torch.linalg.pinv(torch.block_diag(left.T @ left, right.T @ right))
@@ -331,3 +430,163 @@ def test_heads_of_a_slot_may_take_different_tokens_and_one_head_cannot():
     close(written[1][0], segments[0])
     close(written[1][1], segments[1])
     assert far(*written[1])
+
+
+# --- the short convolution ------------------------------------------------------------------
+
+shapes = {
+    "batch": st.integers(1, 3),
+    "length": st.integers(1, 9),
+    "dim": st.integers(1, 4),
+    "width": st.integers(1, 8),
+}
+
+
+def convolution_for(dim, width, causal=True):
+    net = ShortConvolution(dim, width, causal=causal).double()
+    nn.init.normal_(net.taps)
+    return net
+
+
+def naive_convolution(net, x, width, causal, mask=None, past=None):
+    """One token, one tap, one feature at a time: `y_t = Σ_i taps_i · x_{t + i − before}`."""
+    row = x if past is None else torch.cat((past, x), dim=1)
+    begin = row.shape[1] - x.shape[1]
+    before = width - 1 if causal else width // 2
+    out = torch.zeros_like(x)
+    for b in range(x.shape[0]):
+        for t in range(x.shape[1]):
+            for i in range(width):
+                place = begin + t + i - before
+                if not 0 <= place < row.shape[1]:
+                    continue
+                if mask is not None and not mask[b, place]:
+                    continue
+                for d in range(x.shape[2]):
+                    out[b, t, d] += net.taps[i, d] * row[b, place, d]
+    return out
+
+
+@given(
+    seed=seeds, causal=st.booleans(), masked=st.booleans(), before=st.integers(0, 5), **shapes
+)
+def test_the_convolution_is_the_double_loop(
+    seed, causal, masked, before, batch, length, dim, width
+):
+    torch.manual_seed(seed)
+    net, x = convolution_for(dim, width, causal), randn(batch, length, dim)
+    past = randn(batch, before, dim) if before else None
+    mask = torch.rand(batch, before + length) < 0.6 if masked else None
+    close(net(x, mask, past), naive_convolution(net, x, width, causal, mask, past))
+
+
+def test_the_double_loop_notices_taps_in_the_wrong_order():
+    net, x = convolution_for(2, 3), randn(1, 6, 2)
+    expected = naive_convolution(net, x, 3, True)
+    close(net(x), expected)
+    with torch.no_grad():
+        net.taps.copy_(net.taps.flip(0).clone())
+    assert far(net(x), expected)
+
+
+@given(seed=seeds, **(shapes | {"length": st.integers(2, 9)}))
+def test_a_causal_convolution_does_not_know_what_comes(seed, batch, length, dim, width):
+    torch.manual_seed(seed)
+    net, x = convolution_for(dim, width), randn(batch, length, dim)
+    for place in range(length):
+        edited = x.clone()
+        edited[:, place:] = randn(batch, length - place, dim)
+        assert torch.equal(net(edited)[:, :place], net(x)[:, :place])
+        assert far(net(edited)[:, place], net(x)[:, place])
+        reached = (net(edited) - net(x)).abs().amax(dim=(0, 2)) > 0
+        assert reached[place:].all()
+    edited = x.clone()
+    edited[:, 0] += 1
+    reached = (net(edited) - net(x)).abs().amax(dim=(0, 2)) > 0
+    assert reached.tolist() == [place < width for place in range(length)]  # and no further
+
+
+@given(seed=seeds, half=st.integers(0, 3), **(shapes | {"length": st.integers(1, 9)}))
+def test_a_centred_convolution_is_symmetrical(seed, half, batch, length, dim, width):
+    """Reversed taps on a reversed row are the reversed result, for odd widths."""
+    torch.manual_seed(seed)
+    net, x = convolution_for(dim, 2 * half + 1, causal=False), randn(batch, length, dim)
+    assert net.before == net.after == half
+    forward = net(x)
+    with torch.no_grad():
+        net.taps.copy_(net.taps.flip(0).clone())
+    close(net(x.flip(1)).flip(1), forward)
+
+
+@given(seed=seeds, causal=st.booleans(), **shapes)
+def test_padding_is_invisible_to_the_convolution(seed, causal, batch, length, dim, width):
+    """On either side: what stands there is neither seen nor felt in a gradient."""
+    torch.manual_seed(seed)
+    net, x = convolution_for(dim, width, causal), randn(batch, length, dim)
+    real = torch.randint(1, length + 1, (batch,))
+    for left in (False, True):
+        mask = torch.arange(length) < real[:, None]
+        mask = mask.flip(1) if left else mask
+        padded = x.masked_scatter(~mask[:, :, None], 100 * randn(batch, length, dim))
+        padded.requires_grad_()
+        out = net(padded, mask)
+        for b in range(batch):
+            row = slice(b, b + 1)
+            close(out[b][mask[b]], net(x[row, mask[b]])[0])
+        out[mask].sum().backward()
+        assert not padded.grad[~mask].any()
+
+
+@given(seed=seeds, cuts=st.sets(st.integers(1, 8)), masked=st.booleans(), **shapes)
+def test_pieces_with_their_past_are_the_whole(seed, cuts, masked, batch, length, dim, width):
+    torch.manual_seed(seed)
+    width = max(2, width)
+    net, x = convolution_for(dim, width), randn(batch, length, dim)
+    mask = torch.rand(batch, length) < 0.7 if masked else None
+    whole, past = net(x, mask), None
+    borders = sorted({0, length, *(cut for cut in cuts if cut < length)})
+    for begin, end in pairwise(borders):
+        seen = None if mask is None else mask[:, :end]
+        close(net(x[:, begin:end], seen, past), whole[:, begin:end])
+        past = net.reach(x[:, begin:end], past)
+        assert past.shape[1] == min(end, width - 1)  # never more than the next token meets
+        assert torch.equal(past, x[:, end - past.shape[1] : end])
+
+
+def test_a_lost_past_would_be_noticed():
+    net, x = convolution_for(3, 4), randn(2, 6, 3)
+    assert far(net(x[:, 3:]), net(x)[:, 3:])
+    close(net(x[:, 3:], None, x[:, :3]), net(x)[:, 3:])
+
+
+@given(seed=seeds, width=st.integers(1, 8), causal=st.booleans())
+def test_the_convolution_starts_near_the_identity(seed, width, causal):
+    torch.manual_seed(seed)
+    net = ShortConvolution(4000, width, causal=causal)
+    mean, spread = net.taps.mean(dim=1), net.taps.std(dim=1)
+    own = [float(i == net.before) for i in range(width)]
+    assert mean.tolist() == pytest.approx(own, abs=0.03)
+    assert spread.tolist() == pytest.approx([0.3] * width, abs=0.03)
+    assert net.before + net.after + 1 == width
+
+
+def test_a_convolution_of_one_tap_scales_features():
+    net, x = convolution_for(3, 1), randn(2, 5, 3)
+    close(net(x), x * net.taps[0])
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_gradients_of_the_convolution_by_finite_differences(causal):
+    net, mask = convolution_for(2, 3, causal), torch.tensor([[True, False, True, True]])
+
+    def run(x, past, taps):
+        return torch.func.functional_call(net, {"taps": taps}, (x, mask, past))
+
+    inputs = randn(1, 3, 2).requires_grad_(), randn(1, 1, 2).requires_grad_()
+    assert torch.autograd.gradcheck(run, (*inputs, net.taps))
+
+
+@pytest.mark.parametrize("sizes", [(0, 3), (3, 0), (-1, 2)])
+def test_a_convolution_of_no_tokens_or_no_features(sizes):
+    with pytest.raises(ValueError, match="at least 1"):
+        ShortConvolution(*sizes)

@@ -326,7 +326,8 @@ def main():
         parser.error("--python is needed: the packages live in an environment of their own")
     import torch
 
-    from memformer.records import data_folder, describe_machine, save_record
+    from memformer.files import data_folder
+    from memformer.lab.records import describe_machine, save_record
 
     torch.set_num_threads(1)
     listing = subprocess.run(

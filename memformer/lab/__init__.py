@@ -1,0 +1,1 @@
+"""Instruments: costs, records, traces, the health of slots, benchmarks, and drawing."""
