@@ -8,7 +8,7 @@ STAMP  := $(VENV)/installed
 
 export PYTHONDONTWRITEBYTECODE := 1
 
-.PHONY: book test check export chapters address clean help
+.PHONY: book test check export chapters address measure release-check clean help
 
 book: $(STAMP)
 	$(BIN)/jupyter-book build . -W --keep-going -q
@@ -31,11 +31,17 @@ chapters: $(STAMP)  ## run chapters in place, with stable diffs: make chapters [
 address: $(STAMP)  ## copy the repository's address from _config.yml into the chapters
 	$(BIN)/python tools/chapters.py address
 
+measure: $(STAMP)  ## count what every chapter is made of, for the status page
+	$(BIN)/python tools/chapters.py measure
+
+release-check: $(STAMP)  ## refuse the placeholder address
+	$(BIN)/python tools/chapters.py release
+
 clean:  ## forget everything that was built
 	rm -rf _build $(VENV) *.egg-info
 
 help:
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
 
 $(STAMP): requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)

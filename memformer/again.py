@@ -96,3 +96,22 @@ def check_agreement(worst: list[Tensor]) -> None:
             "has to draw first what `step` draws at random, and to be compiled as it is, and a "
             "step may change nothing that it reads"
         )
+
+
+def check_step(loss: Tensor | None, after: State, before: State) -> None:
+    """`ValueError` for a loss that is no scalar, `TypeError` for a memory nested otherwise."""
+    if loss is not None and loss.ndim:
+        raise ValueError(f"the loss has shape {tuple(loss.shape)}; a scalar is expected")
+    try:
+        map_state(lambda new, old: new, after, before)
+    except (TypeError, ValueError) as error:
+        message = f"a step returns a memory nested like the one it was given ({error})"
+        raise TypeError(message) from None
+
+
+def check_segments(segments: Iterable[Any]) -> list[Any]:
+    """The segments as a list; `ValueError` where there are none."""
+    found = list(segments)
+    if not found:
+        raise ValueError("there are no segments; at least one is needed")
+    return found

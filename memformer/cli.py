@@ -35,8 +35,7 @@ RunFolder = Annotated[Path, typer.Argument(help="Folder of a run.")]
 
 def say(text: str, *, error: bool = False) -> None:
     """Print a line as it is: what a user wrote is never read as markup."""
-    style = {"markup": False, "highlight": False, "soft_wrap": True}
-    Console(stderr=error).print(text, **style)  # type: ignore[arg-type]
+    print(text, file=sys.stderr if error else sys.stdout, flush=True)
 
 
 def fail(code: int, error: Exception | str) -> NoReturn:
@@ -139,7 +138,6 @@ def train(
         if not done:
             try:
                 say(f"stopped after step {trainer.step}; go on with --resume")
-                sys.stdout.flush()
             except BrokenPipeError:
                 hush()
             raise typer.Exit(75)

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from .checks import check_heads
 from .positions import Positions
-from .settings import Count, Positive, settings
+from .settings import Count, Positive, setting_names, settings
 
 # What `init="paper"` sets, where it is not set by hand: the method as printed.
 PAPER = {
@@ -45,17 +45,18 @@ class MemformerConfig:
     self_weight: Annotated[float, Field(gt=0, lt=1)] | None = 0.8  # of an untrained writer
     forget_strength: Positive = 0.01
     normalise: bool = True  # slots, when they are read and when they write
-    convolution: Count = 4  # tokens that meet before the layers; 1: none
-    reader_start: Annotated[float, Field(ge=0)] = 1.0  # size of what an untrained reader adds
+    convolution: Count = 6  # tokens that meet before the layers; 1: none
+    reader_start: Annotated[float, Field(ge=0)] = 0.0  # size of what an untrained reader adds
 
     @model_validator(mode="before")
     @classmethod
     def _as_printed(cls, given: Any) -> Any:
-        kwargs = given.kwargs or {}
-        if kwargs.get("init") != "paper":
+        by_place = zip(setting_names(cls), given.args or (), strict=False)
+        named = {**dict(by_place), **(given.kwargs or {})}
+        if named.get("init") != "paper":
             return given
-        heads = {"writer_heads": kwargs.get("num_heads", cls.num_heads)}
-        return type(given)(given.args, {**PAPER, **heads, **kwargs})
+        heads = {"writer_heads": named.get("num_heads", cls.num_heads)}
+        return type(given)((), {**PAPER, **heads, **named})
 
     def __post_init__(self) -> None:
         check_heads(self.dim, self.num_heads)

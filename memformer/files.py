@@ -70,9 +70,30 @@ def holding(folder: str | Path) -> Iterator[None]:
     """Hold a folder, proven writable, for this process alone; it may hold it several times.
 
     Raises `FileError` where another process holds it, and where nothing can be written. The
-    lock goes with the process, however that ends.
+    lock goes with the process, however that ends. Folders that were made for it, and that are
+    still empty at the end, are removed again.
     """
+    made = _missing(Path(folder))
     probe_writable(folder)
+    try:
+        with _holding(folder):
+            yield
+    finally:
+        for empty in made:
+            with suppress(OSError):
+                empty.rmdir()
+
+
+def _missing(folder: Path) -> list[Path]:
+    """The folder and those above it that do not exist, the innermost first."""
+    try:
+        return [path for path in (folder, *folder.parents) if not path.exists()]
+    except (OSError, ValueError):  # no name that a folder can have; the probe will say so
+        return []
+
+
+@contextmanager
+def _holding(folder: str | Path) -> Iterator[None]:
     path = Path(folder).resolve() / LOCK
     if fcntl is None or path in _held:
         _held[path] = _held.get(path, 0) + 1

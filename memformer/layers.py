@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import KeyValueCache, MultiHeadAttention
+from .attention import MultiHeadAttention
+from .cache import KeyValueCache
 from .config import MemformerConfig
 from .reader import MemoryReader
 from .writer import ShortConvolution
@@ -40,7 +42,7 @@ class MemformerLayer(nn.Module):
         else:
             self.look = MultiHeadAttention(dim, heads, max_length=length, dropout=drop)
         self.ffn = nn.Sequential(nn.Linear(dim, wide), nn.GELU(), nn.Linear(wide, dim))
-        self.dropout = nn.Dropout(drop)
+        self.dropout = drop
 
     def forward(
         self,
@@ -56,10 +58,11 @@ class MemformerLayer(nn.Module):
         kept, seen = (None, None) if cache is None else cache
         masked = {} if source_mask is None else {"mask": source_mask}  # slots have no padding
         y = self.attention(self.norms[0](x), causal=causal, mask=mask, cache=kept)
-        x = x + self.dropout(y)
-        x = x + self.dropout(self.look(self.norms[1](x), source, cache=seen, **masked))
-        x = x + self.dropout(self.ffn(self.norms[2](x)))
-        return x
+        x = x + F.dropout(y, self.dropout, self.training)
+        y = self.look(self.norms[1](x), source, cache=seen, **masked)
+        x = x + F.dropout(y, self.dropout, self.training)
+        y = self.ffn(self.norms[2](x))
+        return x + F.dropout(y, self.dropout, self.training)
 
 
 class SegmentCache:

@@ -30,8 +30,9 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     """
     cos, sin = table
     left, right = x.chunk(2, dim=-1)
-    turned = torch.cat((left * cos - right * sin, left * sin + right * cos), dim=-1)
-    return turned.to(x.dtype)
+    first = torch.addcmul(left * cos, right, sin, value=-1)  # left · cos − right · sin
+    second = torch.addcmul(left * sin, right, cos)
+    return torch.cat((first, second), dim=-1).to(x.dtype)
 
 
 class RotaryPositions(nn.Module):

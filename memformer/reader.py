@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .attention import KeyValueCache, MultiHeadAttention, attention_weights
+from .attention import MultiHeadAttention, attention_weights
+from .cache import KeyValueCache
 
 # %% auto #0
 __all__ = ['MemoryReader']

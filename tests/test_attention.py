@@ -11,15 +11,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from memformer.attention import (
-    KeyValueCache,
     MultiHeadAttention,
-    RotaryPositions,
+    attention_weights,
     merge_heads,
-    rotary_table,
-    rotate,
     split_heads,
     visible_positions,
 )
+from memformer.cache import KeyValueCache
+from memformer.positions import RotaryPositions, rotary_table, rotate
 
 seeds = st.integers(0, 2**32 - 1)
 sizes = {
@@ -316,8 +315,7 @@ def test_a_kept_rotary_table_follows_length_and_dtype(seed, lengths):
 
 def test_the_rotary_table_is_no_part_of_a_saved_model():
     net = attention(12, 3, positions="rotary")
-    assert not list(net.turn.parameters())
-    assert not list(net.turn.buffers())
+    assert not list(net.buffers())
     assert set(net.state_dict()) == {"query.weight", "key_value.weight", "output.weight"}
 
 
@@ -414,9 +412,14 @@ def test_pieces_that_forgot_where_they_stand_would_be_noticed(positions, monkeyp
     ours, x = attention(12, 3, positions=positions), randn(2, 6, 12)
     whole = ours(x, causal=True)
     close(in_pieces(ours, x, {3}), whole)
-    part = ours.turn if positions == "rotary" else ours.relative
-    right, start = part.forward, -1  # where the start stands among the arguments
-    monkeypatch.setattr(part, "forward", lambda *args: right(*args[:start], 0))
+    if positions == "rotary":
+        right = ours.mix.rotary.forward
+        monkeypatch.setattr(ours.mix.rotary, "forward", lambda x, start=0: right(x, 0))
+    else:
+        right = ours.mix.forward
+        monkeypatch.setattr(
+            ours.mix, "forward", lambda q, k, v, seen: right(q, k, v, seen._replace(start=0))
+        )
     assert far(in_pieces(ours, x, {3})[:, 3:], whole[:, 3:])
 
 
@@ -484,3 +487,13 @@ def test_visible_positions_by_the_rule(batch, length, start, more, causal, maske
 def test_positions_of_another_kind(positions):
     with pytest.raises(ValueError, match=r"positions is .*rotary"):
         MultiHeadAttention(6, 2, max_length=4, positions=positions)
+
+
+@given(seed=seeds, **sizes, other=st.integers(1, 6))
+def test_the_weights_that_the_kernel_hides(seed, batch, length, heads, half, other):
+    """Those of torch's module, which can show them."""
+    torch.manual_seed(seed)
+    ours = attention(2 * half * heads, heads)
+    x, context = randn(batch, length, 2 * half * heads), randn(batch, other, 2 * half * heads)
+    _, expected = torch_attention(ours)(x, context, context, average_attn_weights=False)
+    close(attention_weights(ours, x, context), expected)

@@ -10,10 +10,10 @@ import torch
 from test_training import RECALL, SMALL
 from typer.testing import CliRunner
 
-from memformer import bench
 from memformer.cli import app
+from memformer.lab import bench
+from memformer.lab.records import record_names
 from memformer.model import MemformerLM
-from memformer.records import record_names
 
 PLAIN = {"NO_COLOR": "1", "TERM": "dumb", "COLUMNS": "200"}
 
@@ -39,7 +39,7 @@ def folder(tmp_path_factory):
 
 def test_help_teaches_every_command():
     out = run("--help")
-    for command in ("train", "evaluate", "generate", "bench", "records"):
+    for command in ("train", "sweep", "evaluate", "generate", "bench", "records"):
         assert command in out
         assert len(run(command, "--help")) > 300
     assert "75 stopped by a signal" in re.sub(r"\s+", " ", out)
@@ -61,7 +61,8 @@ MAIN = "import sys; sys.argv[0] = 'memformer'; from memformer.cli import main; m
 
 def test_a_run_leaves_a_record_a_model_and_a_checkpoint(folder):
     for name in ("digits", "text", "recall"):
-        assert {p.name for p in (folder / name).iterdir()} == {
+        found = {p.name for p in (folder / name).iterdir()}
+        assert found == {
             "checkpoint.safetensors",
             "record.json",
             "model",
@@ -89,6 +90,17 @@ def test_nothing_to_resume_is_said(folder, tmp_path):
         (["train", "tiny", "--set", "steps"], "key=value"),
         (["train", "tiny", "--set", "model.dim=63"], "dim is 63"),
         (["train", "tiny", "--set", "corpus=nowhere"], "unknown corpus 'nowhere'"),
+        (["train", "tiny", "--set", "name=../../escape"], "letters, digits"),
+        (["train", "tiny", "--set", "name=[/x]"], "name is '[/x]'"),
+        (["train", "tiny", "--set", ".lr=1"], "names no setting"),
+        (
+            ["train", "tiny", "--set", "seed=18446744073709551616"],
+            "seed is 18446744073709551616",
+        ),
+        (["train", "tiny", "--corpus", "[/red].txt"], "'[/red].txt': there is no such file"),
+        (["train", "recall-ablations"], "memformer sweep recall-ablations"),
+        (["sweep", "nowhere"], "no recipe 'nowhere'"),
+        (["records", "../recipes/tiny"], "no record '../recipes/tiny'"),
         (["bench", "speed"], "no benchmark 'speed'"),
         (["bench", "replay", "--size", "huge"], "no size 'huge'"),
         (["records", "nowhere"], "no record 'nowhere'"),
@@ -169,3 +181,98 @@ def test_records_lists_all_and_prints_one():
     out = run("records")
     assert all(name in out for name in record_names())
     assert json.loads(run("records", record_names()[0]))["what"]
+
+
+# --- your own text, from the command line ---------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def notes(tmp_path_factory):
+    """A run of a single file, in pieces, beside one trained without memory."""
+    folder = tmp_path_factory.mktemp("notes")
+    (folder / "notes.txt").write_text("mary is in the gärden\n" * 300, encoding="utf-8")
+    recipe = folder / "r.json"
+    recipe.write_text(json.dumps(SMALL | {"steps": 4, "limit": None, "tokens": "bpe:270"}))
+    for name, memory in (("with", "on"), ("without", "off")):
+        change = f"memory={memory}"
+        more = ["--corpus", folder / "notes.txt", "--out", folder / name, "--set", change]
+        run("train", recipe, *more, "--cpu")
+    return folder
+
+
+def test_your_own_text_is_trained_scored_and_written(notes):
+    score = json.loads(run("evaluate", notes / "with", "--cpu"))
+    assert {"bits", "bits_wiped", "bits_trained_without", "without"} <= set(score)
+    assert (notes / "with" / "model" / "tokens.json").is_file()
+    likeliest = ("--tokens", 9, "--temperature", 0, "--prompt", "mary is", "--cpu")
+    from_run = call("generate", notes / "with", *likeliest)
+    assert from_run.returncode == 0, from_run.stderr
+    assert from_run.stdout == call("generate", notes / "with" / "model", *likeliest).stdout
+    piped = [*likeliest[:4], "--prompt", "-", "--cpu"]
+    assert (
+        call("generate", notes / "with", *piped, input=b"mary is\n").stdout == from_run.stdout
+    )
+
+
+def call(*arguments, **options):
+    """The command line in a process of its own."""
+    command = [sys.executable, "-m", "memformer", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, **options)
+
+
+def test_a_prompt_that_is_no_text_is_answered(notes):
+    done = call(
+        "generate", notes / "with", "--prompt", b"\xff".decode(errors="surrogateescape")
+    )
+    assert done.returncode == 2
+    assert b"not UTF-8" in done.stderr
+    done = call("generate", notes / "with", "--prompt", "-", input=b"a\xff")
+    assert done.returncode == 2
+    assert b"byte 1 cannot be read" in done.stderr
+
+
+def test_a_larger_vocabulary_than_the_models_is_answered(folder):
+    out = run("evaluate", folder / "digits", "--set", "corpus=python-reference", code=2)
+    assert "257 ids; the model knows 18" in out
+
+
+def test_a_folder_of_text_in_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "books here").mkdir()
+    (tmp_path / "books here" / "[a].txt").write_text("once upon a time\n" * 50)
+    (tmp_path / "r.json").write_text(json.dumps(SMALL | {"steps": 2, "limit": None}))
+    run("train", "r.json", "--corpus", "books here", "--cpu")
+    record = json.loads((tmp_path / "runs" / "r" / "record.json").read_text())
+    assert record["data"]["name"] == "./books here"
+
+
+def test_where_nothing_can_be_written_no_work_is_begun(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(bench, "bench_replay", lambda *_: pytest.fail("the work was begun"))
+    for out in (tmp_path / "file" / "r.json", tmp_path):
+        message = run("bench", "replay", "--out", out, code=3)
+        assert "written" in message or "is a folder" in message
+    message = run("train", "tiny", "--cpu", "--out", tmp_path / "file" / "run", code=3)
+    assert "nothing can be written" in message
+
+
+def test_a_record_that_can_no_longer_be_written_is_printed(tmp_path, monkeypatch):
+    def work(size, device):
+        (tmp_path / "out").rmdir()
+        (tmp_path / "out").write_text("")
+        return {"precious": 1}
+
+    monkeypatch.setattr(bench, "bench_replay", work)
+    assert '{"precious": 1}' in run(
+        "bench", "replay", "--out", tmp_path / "out" / "r.json", code=3
+    )
+
+
+def test_a_sweep_from_the_command_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = RECALL | {"steps": 2, "seeds": [0, 1], "variants": {"[red]": {}}}
+    (tmp_path / "s.json").write_text(json.dumps(settings))
+    out = run("sweep", "s.json", "--cpu", "--out", "record.json")
+    assert "[red], seed=1" in out
+    assert len(json.loads((tmp_path / "record.json").read_text())["results"]) == 2
+    assert (tmp_path / "runs" / "s").is_dir()

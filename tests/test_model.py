@@ -98,7 +98,7 @@ def test_the_decoder_sees_the_memory_through_the_encoder_alone():
     other = state._replace(memory=F.normalize(randn(2, 5, 12), dim=-1))
     assert far(net(tokens, state)[0], net(tokens, other)[0])
     for layer in net.encoder.layers.layers:  # the encoder reads nothing from memory now
-        torch.nn.init.zeros_(layer.look.output.weight)
+        torch.nn.init.zeros_(layer.look.attention.output.weight)
     close(net(tokens, state)[0], net(tokens, other)[0])
 
 
@@ -182,7 +182,7 @@ def test_a_config_by_hand_arrives_in_the_parts(model):
     assert stack.forget.strength == 0.125
     widths = {m.taps.shape for m in net.modules() if isinstance(m, ShortConvolution)}
     assert widths == {(3, 12)}
-    assert not any(layer.look.output.weight.any() for layer in stack.layers.layers)
+    assert not any(layer.look.attention.output.weight.any() for layer in stack.layers.layers)
     assert not named(net, "writer.norm")
     assert not named(net, "look.norm")
     assert named(model(small_config()), "writer.norm")
@@ -233,17 +233,21 @@ def self_weights(net, segments, state):
 
 @torch.no_grad()
 def test_at_the_start_a_model_keeps_what_it_was_told_to_and_the_paper_init_does_not():
-    for target, length in ((0.5, 16), (0.8, 64), (0.95, 64), (0.8, 256)):
-        config = small_config(
-            segment_length=length, dim=48, writer_heads=1, num_slots=16, self_weight=target
-        )
-        net = MemformerLM(config).eval()
-        tokens = tokens_for(net, 8, 4 * length)
-        kept = self_weights(net, tokens.split(length, 1), net.initial_state(8))
-        assert float(kept.mean()) == pytest.approx(target, abs=0.03)
-    net = MemformerLM(small_config(init="paper", segment_length=64, dim=48)).eval()
-    kept = self_weights(net, tokens_for(net, 8, 256).split(64, 1), net.initial_state(8))
-    assert float(kept.mean()) < 0.05  # about 1/65
+    """Averaged over models: one small model alone is off by .02 or so."""
+
+    def kept(length, models, **changes):
+        shares = []
+        for _ in range(models):
+            config = small_config(segment_length=length, dim=48, num_slots=16, **changes)
+            net = MemformerLM(config).eval()
+            pieces = tokens_for(net, 4, 3 * length).split(length, 1)
+            shares.append(self_weights(net, pieces, net.initial_state(4)).mean())
+        return float(torch.stack(shares).mean())
+
+    for target, length in ((0.5, 16), (0.8, 64), (0.95, 64), (0.8, 128)):
+        found = kept(length, 16, self_weight=target, writer_heads=1)
+        assert found == pytest.approx(target, abs=0.03)
+    assert kept(64, 4, init="paper") < 0.2  # a token or two, of 64, is the best match
 
 
 @every_model
@@ -271,6 +275,23 @@ def test_a_silent_reader_makes_a_model_that_does_not_know_its_memory_yet(model):
         fresh = state._replace(memory=fresh.memory)
     close(net(tokens, state)[0], net(tokens, fresh)[0])
     assert far(build(model)(tokens, state)[0], build(model)(tokens, fresh)[0])
+
+
+@segment_models
+def test_the_default_starts_silent_and_after_one_step_every_parameter_learns(model):
+    """At first only the readers' outputs feel the memory; they open the way for all others."""
+    defaults = MemformerConfig(23, dim=12, num_heads=3, num_slots=5, segment_length=7)
+    assert defaults.reader_start == 0.0
+    net = model(defaults).double()
+    outputs = [layer.look.attention.output.weight for layer in stack_of(net).layers.layers]
+    assert not any(weight.any() for weight in outputs)
+    loss_of_last(net, tokens_for(net, 4, 28)).backward()
+    assert all(weight.grad.any() for weight in outputs)
+    torch.optim.SGD(net.parameters(), lr=0.1).step()
+    net.zero_grad()
+    loss_of_last(net, tokens_for(net, 4, 28)).backward()
+    without = [n for n, p in net.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not without
 
 
 def test_a_config_is_frozen_and_compares_by_value():
@@ -749,7 +770,7 @@ def test_padding_at_the_end_of_a_state_is_left_out_and_changes_nothing(init, mon
     states_close(results[0][1], results[1][1])
 
 
-# --- copies, precision, compilation ---------------------------------------------------------
+# --- copies and precision -------------------------------------------------------------------
 
 
 @every_model
@@ -800,24 +821,6 @@ def test_under_bf16_autocast_the_memory_stays_float32(model, init, positions):
     out = out.detach()
     error = (out - torch.cat(exact_outputs, dim=1).detach()).abs().mean()
     assert 0 < float(error) < 0.1 * float(out.abs().mean())
-
-
-@segment_models
-def test_a_compiled_model_is_the_eager_one(model):
-    """Traced as one graph without a break; this backend needs no C++ compiler."""
-    torch.compiler.reset()
-    net = build(model)
-    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
-    state = other = net.initial_state(2)
-    for _ in range(2):
-        tokens = tokens_for(net, 2, 7)
-        out, state = net(tokens, state)
-        same, other = compiled(tokens, other)
-        close(same, out)
-        close(memory_in(other), memory_in(state))
-    (gradient,) = torch.autograd.grad(out.sum(), stack_of(net).forget.bias, retain_graph=True)
-    (compiled_gradient,) = torch.autograd.grad(same.sum(), stack_of(net).forget.bias)
-    close(compiled_gradient, gradient)
 
 
 @every_model

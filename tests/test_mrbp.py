@@ -462,48 +462,6 @@ def test_autocast_is_entered_as_it_was_and_left_without_casts():
     assert weight.weight.grad is not None
 
 
-# --- compiled -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("model", [MemformerLM, Memformer])
-def test_compiled(model):
-    """The whole model, without `advance`; gradients are those of the compiled reference."""
-    net = model(sizes(0.1, encoder_layers=1, decoder_layers=1))
-    segments = draw(3, [True] * 3)
-    net.compile(backend="aot_eager")
-    expected = outcome(by_reference, net, segments)
-    for way in WAYS:
-        assert_same(outcome(way, net, segments), expected, 1e-5)
-
-
-def test_compiled_by_the_default_backend():
-    """A small cell: compiling a whole model takes a minute."""
-    torch.compiler.reset()
-    net = nn.Linear(4, 4)
-
-    @torch.compile
-    def cell(x, memory):
-        return F.dropout(torch.tanh(net(x) + memory), 0.3)
-
-    inputs = [torch.randn(2, 4) for _ in range(4)]
-
-    def step(x, memory):
-        memory = cell(x, memory)
-        return memory.square().sum(), memory
-
-    results = []
-    for way in (by_reference, *WAYS):
-        net.zero_grad()
-        torch.manual_seed(3)
-        try:
-            way(step, inputs, torch.zeros(2, 4))
-        except torch._dynamo.exc.BackendCompilerFailed as error:  # no compiler for C++ here
-            pytest.skip(str(error)[:100])
-        results.append(gradients(net))
-    for found in results[1:]:
-        assert apart(found, results[0]) <= 1e-5
-
-
 # --- the memory -----------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from memformer.attention import KeyValueCache
+from memformer.cache import KeyValueCache
 from memformer.reader import MemoryReader
 
 seeds = st.integers(0, 2**32 - 1)
@@ -32,13 +32,12 @@ def reader_for(heads, width, normalise):
 
 def reference(reader, x, memory):
     """`Q = x W_Q; K, V = M W_K, M W_V; softmax(Q Kᵀ / √d) V`, by torch."""
-    dim = x.shape[-1]
-    theirs = nn.MultiheadAttention(dim, reader.num_heads, bias=False, batch_first=True)
+    dim, ours = x.shape[-1], reader.attention
+    theirs = nn.MultiheadAttention(dim, ours.num_heads, bias=False, batch_first=True)
     theirs = theirs.double().eval()
     with torch.no_grad():
-        parts = (reader.query.weight, reader.key.weight, reader.value.weight)
-        theirs.in_proj_weight.copy_(torch.cat(parts))
-        theirs.out_proj.weight.copy_(reader.output.weight)
+        theirs.in_proj_weight.copy_(torch.cat((ours.query.weight, ours.key_value.weight)))
+        theirs.out_proj.weight.copy_(ours.output.weight)
     if isinstance(reader.norm, nn.LayerNorm):
         mean = memory.mean(dim=-1, keepdim=True)
         spread = (memory.var(dim=-1, keepdim=True, unbiased=False) + 1e-5).sqrt()
@@ -182,8 +181,10 @@ def test_a_silent_reader_is_learned_from_its_output_on():
     x, memory = randn(2, 3, 6), randn(2, 4, 6)
     assert not reader(x, memory).any()
     (reader(x, memory) * randn(2, 3, 6)).sum().backward()
-    assert reader.output.weight.grad.any()
-    assert not reader.value.weight.grad.any()  # behind the silence nothing is felt yet
+    assert reader.attention.output.weight.grad.any()
+    assert (
+        not reader.attention.key_value.weight.grad.any()
+    )  # behind the silence nothing is felt yet
 
 
 def test_by_default_slots_are_normalised_before_they_are_read():

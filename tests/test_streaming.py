@@ -557,6 +557,16 @@ def test_draws_follow_the_probabilities():
     assert chi < 35  # 4 degrees of freedom at most: once in two million runs
 
 
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.5, "top_k": 4}, {"top_p": 0.8}])
+def test_a_draw_is_drawn_as_multinomial_draws(settings, seed):
+    scores, dice, same = torch.randn(40, 9), torch.Generator(), torch.Generator()
+    sampler = Sampler(generator=dice.manual_seed(seed), **settings)
+    drawn = torch.multinomial(
+        sampler.probabilities(scores), 1, generator=same.manual_seed(seed)
+    )
+    assert torch.equal(sampler(scores), drawn.squeeze(1))
+
+
 @EVERY
 def test_generation_by_seed_leaves_the_global_generator_alone(kind):
     model = net(kind)

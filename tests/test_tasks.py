@@ -1,12 +1,16 @@
 """The recall task as it is fixed in the book, and scores that cannot flatter."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from helpers import build, close, tokens_for
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memformer.model import MemformerConfig, MemformerLM
+from memformer.config import MemformerConfig
+from memformer.model import MemformerLM
+from memformer.modes import evaluating
 from memformer.segments import IGNORE, Segment
 from memformer.tasks import (
     KEYS,
@@ -16,7 +20,6 @@ from memformer.tasks import (
     VALUES,
     Curriculum,
     RecallTask,
-    evaluating,
     interleave,
     recall_accuracy,
     scores_and_answers,
@@ -162,7 +165,7 @@ def test_a_stream_of_tasks_starts_afresh_where_it_says_so():
 
 
 def test_scores_are_those_of_plain_calls_and_carry_gradients():
-    net = build(MemformerLM, vocab_size=RECALL_VOCAB, segment_length=6)
+    net = build(MemformerLM, vocab_size=RECALL_VOCAB, segment_length=6, reader_start=1.0)
     steps = RecallTask(3, 4).batch(5, generator(int(torch.randint(2**31, ()))))
     scores, answers = scores_and_answers(net, steps)
     state = net.initial_state(5)
@@ -231,3 +234,97 @@ def test_scores_are_those_of_eval_mode_and_modes_come_back(seed):
     with pytest.raises(ValueError, match="pairs"), evaluating(model):
         RecallTask(0, 3)
     assert modes == [module.training for module in model.modules()]
+
+
+# --- pairs at any time, told again, and their ages ------------------------------------------
+
+
+def tasks_of_recall():
+    return st.builds(
+        lambda pairs, extra, noise, arrival, again, length: RecallTask(
+            pairs, 2 * pairs + 2 + extra, noise, arrival, again, length
+        ),
+        st.integers(1, 16),
+        st.integers(0, 4),
+        noises,
+        st.sampled_from(["first", "any"]),
+        st.sampled_from([0.0, 0.25, 0.5, 1.0]),
+        st.sampled_from([None, 4, 8, 32]),
+    )
+
+
+@given(task=tasks_of_recall(), seed=seeds)
+def test_the_last_telling_counts_and_every_age_is_true(task, seed):
+    """Read a batch as a person would: keep a table, and check every answer against it."""
+    problems = task.draw(4, generator(seed))
+    length = task.segment_length
+    assert [s.tokens.shape for s in problems.segments] == [(4, length)] * task.segments
+    keep_first = task.arrival == "first" and not task.told_again
+    for b in range(4):
+        whole = torch.cat([s.tokens[b] for s in problems.segments[: task.told_segments]])
+        table, told, asked = {}, [], []
+        for place, (key, value) in enumerate(pairwise(whole.tolist())):
+            if key in KEYS and value in VALUES and not (keep_first and key in table):
+                table[key] = value, place // length
+                told.append(key)
+        for t, (segment, ages) in enumerate(zip(*problems, strict=True)):
+            assert torch.equal(segment.targets[b] == IGNORE, ages[b] == IGNORE)
+            for i in (segment.targets[b] != IGNORE).nonzero()[:, 0].tolist():
+                key = int(segment.tokens[b, i])
+                value, when = table[key]
+                assert value == int(segment.targets[b, i])
+                assert int(segment.tokens[b, i + 1]) == QUERY
+                assert int(ages[b, i]) == t - when
+                asked.append(key)
+        assert len(asked) == len(set(asked)) == task.pairs
+        if task.noise == "own":
+            again = [key for key in set(told) if told.count(key) == 2]
+            assert len(told) == task.tellings
+            assert len(again) == task.told_again
+
+
+def test_pairs_at_any_time_are_spread_over_all_segments():
+    task = RecallTask(4, 9, arrival="any", length=8)
+    problems = task.draw(2000, generator(int(torch.randint(2**31, ()))))
+    ages = torch.cat([a[a != IGNORE] for a in problems.ages])
+    counts = torch.bincount(ages, minlength=9)[1:].double()
+    mean = len(ages) / 8
+    assert ((counts - mean).abs() < 6 * mean**0.5).all()
+
+
+def test_accuracy_by_age_splits_the_whole():
+    class LastTwo(Oracle):
+        """Forgets what it was told more than two segments ago."""
+
+        def initial_state(self, batch_size):
+            return torch.full((batch_size, 16, 2), -1)
+
+        def __call__(self, tokens, state):
+            table, since = state[..., 0].clone(), state[..., 1] + 1
+            fresh = torch.full_like(table, -1)
+            _, told = Oracle.__call__(self, tokens, fresh)
+            table = torch.where(told >= 0, told, torch.where(since > 2, -1, table))
+            since = torch.where(told >= 0, 0, since)
+            scores, _ = Oracle.__call__(self, tokens, table)
+            return scores, torch.stack((table, since), dim=-1)
+
+    task = RecallTask(4, 7, "own", "any", length=8)
+    ages = recall_accuracy(LastTwo(), task, trials=64, by_age=True)
+    assert set(ages) <= set(range(1, 7))
+    assert ages[1] == ages[2] == 1.0
+    assert max(share for age, share in ages.items() if age > 2) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"pairs": 16, "segments": 3, "arrival": "any", "length": 4}, "cannot be told"),
+        ({"pairs": 2, "segments": 2, "overwrite": 0.5}, "cannot be told"),
+        ({"pairs": 2, "segments": 3, "length": 3}, "length is 3"),
+        ({"pairs": 2, "segments": 3, "overwrite": 1.5}, "overwrite is 1.5"),
+        ({"pairs": 2, "segments": 3, "arrival": "last"}, "arrival is 'last'"),
+    ],
+)
+def test_recall_that_cannot_be(settings, message):
+    with pytest.raises(ValueError, match=message):
+        RecallTask(**settings)

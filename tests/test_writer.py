@@ -560,13 +560,13 @@ def test_a_lost_past_would_be_noticed():
 
 
 @given(seed=seeds, width=st.integers(1, 8), causal=st.booleans())
-def test_the_convolution_starts_near_the_identity(seed, width, causal):
+def test_the_convolution_starts_random_and_the_token_itself_ahead(seed, width, causal):
     torch.manual_seed(seed)
-    net = ShortConvolution(4000, width, causal=causal)
+    net = ShortConvolution(10_000, width, causal=causal)
     mean, spread = net.taps.mean(dim=1), net.taps.std(dim=1)
     own = [float(i == net.before) for i in range(width)]
-    assert mean.tolist() == pytest.approx(own, abs=0.03)
-    assert spread.tolist() == pytest.approx([0.3] * width, abs=0.03)
+    assert mean.tolist() == pytest.approx(own, abs=0.06)  # six deviations of the mean
+    assert spread.tolist() == pytest.approx([1.0] * width, abs=0.06)
     assert net.before + net.after + 1 == width
 
 

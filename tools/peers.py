@@ -7,7 +7,8 @@
 One of the packages has the name of ours, so each side lives in a process of its own. All wait
 while one works; rounds go A B C A B C, and medians of processor time are compared. Each package
 trains and generates as its README or its source says. Common to all are AdamW, a loss on every
-token, and tokens drawn from the scores. Writes data/runs/bench-peers.json.
+token, tokens drawn from the scores, and the number of parameters: the width of our feed-forward
+nets is chosen so that it agrees with that of the peer. Writes data/runs/bench-peers.json.
 """
 
 import argparse
@@ -39,22 +40,34 @@ WORK = {
 }
 
 
+def of_size(kind, s, **layers):
+    """One of our models with as many parameters as the peer has, by its feed-forward width."""
+    from memformer.model import MemformerConfig
+
+    def build(width):
+        return kind(
+            MemformerConfig(
+                s["vocabulary"], dim=s["dim"], num_heads=s["heads"], num_slots=s["slots"],
+                segment_length=s["length"], ffn_dim=width, **layers,
+            )
+        )  # fmt: skip
+
+    if "parameters" not in s:
+        return build(4 * s["dim"])
+    one, two = (sum(p.numel() for p in build(width).parameters()) for width in (1, 2))
+    return build(max(1, 1 + round((s["parameters"] - one) / (two - one))))
+
+
 class OurLM:
     """`MemformerLM` with a loss on every segment, and its cached generator."""
 
     def __init__(self, s):
         import torch
 
-        from memformer.model import MemformerConfig, MemformerLM
+        from memformer.model import MemformerLM
 
         self.torch, self.s = torch, s
-        self.model = MemformerLM(
-            MemformerConfig(
-                s["vocabulary"], dim=s["dim"], num_heads=s["heads"], num_slots=s["slots"],
-                decoder_layers=s["depth"], segment_length=s["length"],
-            )
-        )  # fmt: skip
-        self.kind = type(self.model).__name__
+        self.model = of_size(MemformerLM, s, decoder_layers=s["depth"])
 
     def segments(self, document):
         pieces = document[:, :-1].split(self.s["length"], 1)
@@ -96,16 +109,10 @@ class OurMemformer(OurLM):
     def __init__(self, s):
         import torch
 
-        from memformer.model import Memformer, MemformerConfig
+        from memformer.model import Memformer
 
-        self.torch, self.s = torch, s
-        self.model = Memformer(
-            MemformerConfig(
-                s["vocabulary"], dim=s["dim"], num_heads=s["heads"], num_slots=s["slots"],
-                encoder_layers=s["depth"] // 2, decoder_layers=s["depth"] // 2,
-                segment_length=s["length"],
-            )
-        )  # fmt: skip
+        self.torch, self.s, half = torch, s, s["depth"] // 2
+        self.model = of_size(Memformer, s, encoder_layers=half, decoder_layers=half)
 
 
 class PeerMemformer:
@@ -266,10 +273,11 @@ class Child:
 def compare(family, settings, python, rounds):
     """All sides of a family, in turns: medians of tokens per second, and what was raised."""
     names = [name for name in FAMILIES[family] if name not in settings.get("without", ())]
-    children = {
-        name: Child(sys.executable if name.startswith("ours") else python, name, settings)
-        for name in names
-    }
+    ours, *peers = names
+    children = {name: Child(python, name, settings) for name in peers}
+    # The variants of a peer differ by half a percent; ours is as large as the first.
+    size = {"parameters": children[peers[0]].about["parameters"]}
+    children[ours] = Child(sys.executable, ours, settings | size)
     results = {name: {"parameters": children[name].about["parameters"]} for name in names}
     trained = settings["batch"] * settings["segments"] * settings["length"]
     for job in WORK[family]:
@@ -315,6 +323,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--python", help="the interpreter that has the two packages")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--family", choices=FAMILIES, help="one family; nothing is written")
     parser.add_argument("--only", choices=SETTINGS, help="one setting; nothing is written")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--settings", help=argparse.SUPPRESS)
@@ -338,7 +347,7 @@ def main():
     start, comparisons = time.perf_counter(), []
     for name, settings in SETTINGS.items():
         if given.only in (None, name):
-            for family in FAMILIES:
+            for family in [given.family] if given.family else FAMILIES:
                 results = compare(family, settings, given.python, given.rounds)
                 comparisons.append(
                     {"setting": name, "sizes": settings, "family": family,
@@ -354,7 +363,7 @@ def main():
         "seconds": round(time.perf_counter() - start, 1),
         "results": comparisons,
     }
-    if given.only is None:
+    if given.only is None and given.family is None:
         save_record(data_folder(), "bench-peers", record)
     print(json.dumps(record, indent=1))
 

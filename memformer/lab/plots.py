@@ -96,7 +96,7 @@ def heat(
     rows, columns = values.shape
     numbers = values.detach().float().cpu().numpy()
     if signed:
-        high = float(numbers.abs().max()) if high is None else high
+        high = float(abs(numbers).max()) if high is None else high
         low = -high
     edge = first - 0.5
     image = axes.imshow(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memformer.attention import KeyValueCache
+from memformer.cache import KeyValueCache
 from memformer.checks import check_memory, check_state, check_tokens
 from memformer.layers import SegmentCache
 from memformer.model import (

@@ -54,7 +54,9 @@ class Sampler:
             best_scores(scores)
             return scores.argmax(dim=-1)
         chances = self.probabilities(scores)
-        return torch.multinomial(chances, 1, generator=self.generator).squeeze(1)
+        # As torch.multinomial draws one, without its checks: the first of V clocks to ring wins.
+        rate = torch.empty_like(chances).exponential_(generator=self.generator)
+        return (chances / rate).argmax(dim=-1)
 
 
 def best_scores(scores: Tensor) -> Tensor:
@@ -78,7 +80,7 @@ def token_chances(
     if temperature == 0:
         return torch.zeros_like(scores).scatter(-1, scores.argmax(-1, keepdim=True), 1.0)
     # The best stands at 0, so a tiny temperature sends the others to −inf and none to inf.
-    scores = (scores - best) / temperature
+    scores = (scores - best) / temperature if temperature != 1 else scores - best
     if top_k is None and top_p is None:
         return scores.softmax(dim=-1)
     ordered, ids = scores.sort(dim=-1, descending=True, stable=True)

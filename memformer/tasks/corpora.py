@@ -119,7 +119,9 @@ def load_corpus(
     texts = [piece for piece in pieces if isinstance(piece, str)]
     read = tokens
     if isinstance(read, str):
-        training = (lambda: texts) if split == "train" else (lambda: source.texts("train", limit))
+        training = (
+            (lambda: texts) if split == "train" else (lambda: source.texts("train", limit))
+        )
         read = tokens_from(read, training)
     return Corpus(source.name, split, tuple(map(read.encode, texts)), read.size, read)
 

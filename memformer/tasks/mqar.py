@@ -45,7 +45,9 @@ class MQARTask:
                 f"{4 * self.pairs}"
             )
         if self.size % self.length:
-            raise ValueError(f"size is {self.size}; it must be a multiple of length, {self.length}")
+            raise ValueError(
+                f"size is {self.size}; it must be a multiple of length, {self.length}"
+            )
 
     @property
     def vocab_size(self) -> int:
@@ -82,9 +84,7 @@ class MQARTask:
         """`(B, pairs)` distinct places for queries, in steps of two tokens after the pairs."""
         space = (self.size - 2 * self.pairs) // 2
         weight = torch.arange(1, space + 1).double() ** (self.power - 1)
-        return torch.multinomial(
-            weight.expand(batch_size, -1), self.pairs, generator=generator
-        )
+        return torch.multinomial(weight.expand(batch_size, -1), self.pairs, generator=generator)
 
 
 def _choose(rows: int, among: int, number: int, generator: torch.Generator) -> Tensor:

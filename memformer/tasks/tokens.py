@@ -104,7 +104,9 @@ def check_tokens_name(name: str) -> int | None:
         return None
     if kind == "bpe" and size.isdecimal() and size.isascii() and 256 < int(size) <= 2**20:
         return int(size)
-    raise ValueError(f"tokens is {name!r}; it must be 'bytes', or 'bpe:N' with N in 257…{2**20}")
+    raise ValueError(
+        f"tokens is {name!r}; it must be 'bytes', or 'bpe:N' with N in 257…{2**20}"
+    )
 
 
 def tokens_from(name: str, texts: Callable[[], Iterable[str]]) -> Tokens:

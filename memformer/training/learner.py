@@ -163,16 +163,16 @@ class Learner:
         self, segments: Sequence[Ready], state: State, targets: int
     ) -> tuple[Tensor, State]:
         """The same for a memory that is wiped at every segment: each stands for itself."""
-        total = torch.zeros((), device=self.team.device)
+        losses = []
         for segment in segments:
             if segment.targets is None:
                 continue
             loss, state = self.step(segment, state, targets)
             if loss is not None:
                 loss.backward()  # type: ignore[no-untyped-call]
-                total += loss.detach()
+                losses.append(loss.detach())
             state = detach_state(state)
-        return total, state
+        return torch.stack(losses).sum(), state
 
     def add_gradients(self, segments: Sequence[Segment], watch: Watch) -> Tensor:
         """Add to `.grad` what this process brings to a step; returns its share of the loss."""

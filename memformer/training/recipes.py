@@ -72,7 +72,9 @@ class Recipe:
     evaluate_every: Count = 100
     evaluate_segments: Count = 64  # of the test split; for tasks, the number of problems
     save_every: Count = 100
-    frontier: dict[str, Any] = field(default_factory=dict)  # settings → values, scored at the end
+    frontier: dict[str, Any] = field(
+        default_factory=dict
+    )  # settings → values, scored at the end
 
     def __post_init__(self) -> None:
         check_name(self.name)
@@ -152,7 +154,9 @@ def check_frontier(recipe: Recipe) -> None:
     if not recipe.frontier:
         return
     if recipe.corpus not in TASKS:
-        raise ValueError(f"frontier is given, but corpus is {recipe.corpus!r}, which is no task")
+        raise ValueError(
+            f"frontier is given, but corpus is {recipe.corpus!r}, which is no task"
+        )
     for key, values in recipe.frontier.items():
         if key == "trials":
             if type(values) is not int or values < 1:

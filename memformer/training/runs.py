@@ -22,7 +22,12 @@ from .recipes import Recipe, RecipeError, changed, recipe_from
 from .scores import evaluate
 from .team import Team
 
-CHECKPOINT, RECORD, MODEL, TOKENS = "checkpoint.safetensors", "record.json", "model", "tokens.json"
+CHECKPOINT, RECORD, MODEL, TOKENS = (
+    "checkpoint.safetensors",
+    "record.json",
+    "model",
+    "tokens.json",
+)
 
 
 class Loaded(NamedTuple):
@@ -113,13 +118,17 @@ def score_run(
 def check_comparable(recipe: Recipe, opponent: Recipe, where: Path) -> None:
     """`RecipeError` unless the opponent was trained without memory, for the same questions."""
     if opponent.memory != "off":
-        raise RecipeError(f"{where} was trained with memory; --without names one with memory=off")
+        raise RecipeError(
+            f"{where} was trained with memory; --without names one with memory=off"
+        )
     alike = ("corpus", "tokens", "limit", "task", "batch_size", "evaluate_segments")
     apart = [key for key in alike if getattr(recipe, key) != getattr(opponent, key)]
     if recipe.segment_length != opponent.segment_length:
         apart.append("model.segment_length")
     if apart:
-        raise RecipeError(f"{where} differs in {', '.join(apart)}, so scores are not comparable")
+        raise RecipeError(
+            f"{where} differs in {', '.join(apart)}, so scores are not comparable"
+        )
 
 
 def scores_of(loaded: Loaded) -> dict[str, float]:

@@ -97,9 +97,7 @@ def frontier(model: Any, recipe: Recipe) -> dict[str, Any]:
     accuracy: list[Any] = [score(place, wipe=without) for place in places]
     wiped: list[Any] = [score(place, wipe=True) for place in places[:: len(last)]]
     for values in list(axes.values())[:0:-1]:
-        accuracy = [
-            accuracy[i : i + len(values)] for i in range(0, len(accuracy), len(values))
-        ]
+        accuracy = [accuracy[i : i + len(values)] for i in range(0, len(accuracy), len(values))]
     if len(axes) == 1:
         wiped = wiped[0]
     return {**axes, "trials": trials, "accuracy": accuracy, "wiped": wiped}

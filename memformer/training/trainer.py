@@ -87,7 +87,9 @@ class Run:
             )
         losses = tensors.get("losses", torch.zeros(0))
         if losses.shape != (done,):
-            raise CheckpointError(f"{self.checkpoint} holds {len(losses)} losses of {done} steps")
+            raise CheckpointError(
+                f"{self.checkpoint} holds {len(losses)} losses of {done} steps"
+            )
         unpack_learner(self.learner, tensors, done)
         try:
             self.feed.seek(about["position"])
