@@ -5,6 +5,7 @@ Every model here is a segment model: `logits, state = model(tokens, state)`.
 
 from memformer.config import MemformerConfig
 from memformer.forgetting import BiasedMemoryNorm
+from memformer.lab.tracing import MemoryTrace, trace
 from memformer.model import Memformer, MemformerEncoder, MemformerLM, MemformerState
 from memformer.mrbp import memory_replay, memory_replay_backward
 from memformer.reader import MemoryReader
@@ -15,10 +16,15 @@ from memformer.segments import (
     run_segments,
     split_segments,
 )
+from memformer.streaming import generate, stream
+from memformer.tasks.corpora import Corpus, CorpusError, load_corpus
+from memformer.tasks import RecallTask, StoryTask, recall_accuracy
 from memformer.writer import MemoryWriter
 
 __all__ = [
     "BiasedMemoryNorm",
+    "Corpus",
+    "CorpusError",
     "DocumentStreams",
     "Memformer",
     "MemformerConfig",
@@ -26,11 +32,19 @@ __all__ = [
     "MemformerLM",
     "MemformerState",
     "MemoryReader",
+    "MemoryTrace",
     "MemoryWriter",
+    "RecallTask",
     "Segment",
+    "StoryTask",
+    "generate",
+    "load_corpus",
     "memory_replay",
     "memory_replay_backward",
+    "recall_accuracy",
     "reset_state",
     "run_segments",
     "split_segments",
+    "stream",
+    "trace",
 ]

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ..forgetting import BiasedMemoryNorm
+from ..writer import ShortConvolution
 from .recipes import Recipe
 
 
@@ -15,12 +16,16 @@ def learning_rate(recipe: Recipe, step: int) -> float:
     return recipe.lr * min(1.0, step / max(1, recipe.warmup), left)
 
 
+# Decay would shrink embeddings and taps for nothing, and lengthen every memory (chapter 7).
+SPARED = (nn.Embedding, BiasedMemoryNorm, ShortConvolution)
+
+
 def make_optimiser(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW; only matrices decay, and among them neither embeddings nor the forgetting bias."""
+    """AdamW; only matrices decay, and of them neither embeddings, taps, nor forgetting."""
     spared = {
         id(weight)
         for module in model.modules()
-        if isinstance(module, (nn.Embedding, BiasedMemoryNorm))
+        if isinstance(module, SPARED)
         for weight in module.parameters(recurse=False)
     }
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
