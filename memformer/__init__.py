@@ -1,7 +1,11 @@
-"""A transformer with a memory made of slots; written from the chapters of the book.
+"""Memformer, built from scratch: a transformer with a memory made of slots, chapter by chapter.
 
-Every model here is a segment model: `logits, state = model(tokens, state)`.
-"""
+Modules:
+
+- `memformer.lab.figures`: Drawings in the book's one visual language: boxes, arrows, timelines, matrices, angles.
+- `memformer.settings`: Settings that are checked: frozen dataclasses whose every failure is one line that helps.
+- `memformer.tasks.mqar`: Recall as zoology measures it: many pairs at the start, queries scattered over what follows.
+- `memformer.tasks.stories`: Stories: who is where, said in passing in a real text, and asked at the end."""
 
 from memformer.config import MemformerConfig
 from memformer.forgetting import BiasedMemoryNorm

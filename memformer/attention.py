@@ -17,7 +17,7 @@ from .positions import Positions, RotaryPositions
 
 # %% auto #0
 __all__ = ['split_heads', 'merge_heads', 'Seen', 'visible_positions', 'RelativeAttention', 'FusedAttention', 'choose_attention',
-           'MultiHeadAttention', 'keys_and_values', 'attention_weights']
+           'MultiHeadAttention', 'project', 'attention_weights']
 
 # %% ../book/03_attention.ipynb #d09d745f
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
@@ -175,30 +175,34 @@ class MultiHeadAttention(nn.Module):
         With a `cache`, `x` goes on from the tokens that it holds, and `mask` covers them too.
         """
         start = cache.filled if cache is not None and context is None else 0
-        query = self.mix.turn(split_heads(self.query(x), self.num_heads), start)
-        key, value = keys_and_values(self, x, context, cache)
+        query, key, value = project(self, x, context, cache)
         mixed = self.mix(query, key, value, Seen(causal, mask, start))
         out: Tensor = self.output(merge_heads(mixed))
         return out
 
 # %% ../book/03_attention.ipynb #68595d20
-def keys_and_values(
+def project(
     layer: MultiHeadAttention,
     x: Tensor,
     context: Tensor | None = None,
     cache: KeyValueCache | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Keys and values of `context (B, N, D)`, or of `x (B, L, D)` itself, `(B, H, N, d)` each.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries of `x (B, L, D)`, keys and values of `context (B, N, D)` or of `x` itself.
 
-    Those of a context that a `cache` holds are not computed again; those of `x` are added to
-    what it holds.
+    `(B, H, L, d)` and twice `(B, H, N, d)`. Keys and values of a context that a `cache` holds
+    are not computed again; those of `x` are added to what it holds.
     """
-    if cache is not None and context is not None and cache.filled:
-        return cache.held()
+    query = split_heads(layer.query(x), layer.num_heads)
+    if context is not None and cache is not None and cache.filled:
+        return layer.mix.turn(query, 0), *cache.held()
     pair = layer.key_value(x if context is None else context).chunk(2, dim=-1)
     key, value = (split_heads(part, layer.num_heads) for part in pair)
-    key = layer.mix.turn(key, 0 if cache is None else cache.filled)
-    return (key, value) if cache is None else cache.extend(key, value)
+    if context is None:  # the same positions: turned together, which is faster
+        start = 0 if cache is None else cache.filled
+        query, key = layer.mix.turn(torch.stack((query, key)), start)
+    else:
+        query, key = layer.mix.turn(query, 0), layer.mix.turn(key, 0)
+    return (query, key, value) if cache is None else (query, *cache.extend(key, value))
 
 
 def attention_weights(layer: MultiHeadAttention, x: Tensor, context: Tensor) -> Tensor:
@@ -206,9 +210,6 @@ def attention_weights(layer: MultiHeadAttention, x: Tensor, context: Tensor) -> 
 
     What the fused kernel computes and does not show, for a layer without positions.
     """
-    query, key = (
-        split_heads(layer.query(x), layer.num_heads),
-        keys_and_values(layer, context)[0],
-    )
+    query, key, _ = project(layer, x, context)
     weights: Tensor = (query @ key.mT / query.shape[-1] ** 0.5).softmax(dim=-1)
     return weights

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -129,10 +130,15 @@ def check_memory(memory: Tensor, batch_size: int, num_slots: int, like: Tensor) 
         )
 
 
-def check_state(state: object) -> None:
-    """`TypeError` for what has not the fields of a `MemformerState`."""
+def check_state(state: Any, batch_size: int) -> None:
+    """`TypeError` for what is no `MemformerState`, `ValueError` for another number of streams."""
     if not all(hasattr(state, name) for name in ("memory", "tokens", "mask")):
         raise TypeError(
             f"state is of type {type(state).__name__}; a MemformerState is expected. Begin "
             "with initial_state(batch_size)"
+        )
+    if state.tokens.shape[:1] != (batch_size,):
+        raise ValueError(
+            f"the state is of {len(state.tokens)} streams, the tokens of {batch_size}. Start a "
+            "batch of this size with initial_state(batch_size)"
         )

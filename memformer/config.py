@@ -26,6 +26,10 @@ class MemformerConfig:
     The defaults are what learns. `init="paper"` is the method as printed: as many writer heads
     as elsewhere, no bias on a slot's own score, the forgetting bias learned itself, no
     convolution. What is set by hand counts in either case.
+
+    `init` acts when a config is made, and never again. `dataclasses.replace(config, init=...)`
+    hands every setting over by hand, so it changes the word and nothing else: make a new
+    config instead, `MemformerConfig(vocab_size, ..., init="paper")`.
     """
 
     vocab_size: Count
@@ -45,7 +49,7 @@ class MemformerConfig:
     self_weight: Annotated[float, Field(gt=0, lt=1)] | None = 0.8  # of an untrained writer
     forget_strength: Positive = 0.01
     normalise: bool = True  # slots, when they are read and when they write
-    convolution: Count = 6  # tokens that meet before the layers; 1: none
+    convolution: Count = 6  # tokens that meet before the layers (centred: made odd); 1: none
     reader_start: Annotated[float, Field(ge=0)] = 0.0  # size of what an untrained reader adds
 
     @model_validator(mode="before")

@@ -100,7 +100,10 @@ class SegmentLayers(nn.Module):
         causal: bool,
     ) -> None:
         super().__init__()
+        # Centred, a token stands in the middle, so the width is odd: an even one gets one more.
         self.causal, width = causal, config.convolution
+        if not causal and width > 1:
+            width |= 1
         self.convolution = (
             ShortConvolution(config.dim, width, causal=causal) if width > 1 else None
         )

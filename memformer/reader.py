@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .attention import MultiHeadAttention, attention_weights
 from .cache import KeyValueCache
+from .checks import check_heads
 
 # %% auto #0
 __all__ = ['MemoryReader']
@@ -33,6 +34,7 @@ class MemoryReader(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        check_heads(dim, num_heads)
         self.norm = nn.LayerNorm(dim) if normalise else nn.Identity()
         self.attention = MultiHeadAttention(dim, num_heads, max_length=1, dropout=dropout)
         self.attention.output.weight.data *= output_start

@@ -150,7 +150,7 @@ def segment_rows(
     """One lane without end: `Segment` rows, document by document, then padding.
 
     The model reads `start` and then the document one token late, so that every
-    token of it is predicted, the first one too. A document without tokens is skipped.
+    token of it is predicted, the first one too. An empty document is skipped.
     """
     for document in documents:
         for begin in range(0, len(document), length):
@@ -202,7 +202,7 @@ class DocumentStreams:
     """`batch_size` lanes reading side by side, each one document after another.
 
     Iterating gives one pass of `Segment`s, in which every document is read once. No
-    segment spans two documents: a document's last one is padded, and the next one has
+    segment spans two documents: a document's last one is padded, and the next has
     `reset` set. A lane that is done early is padding (mask False) to the end; with
     fewer documents than lanes, some are all padding, unless `split_long` cuts
     documents longer than a lane's fair share. `order` seeds a shuffle (None: none).

@@ -142,7 +142,9 @@ class ShortConvolution(nn.Module):
         length, size = x.shape[1], row.shape[1]
         if mask is not None:
             row = row * mask[:, -size:, None]
-        row = F.pad(row, (0, 0, self.before - size + length, self.after))
+        missing = self.before - size + length
+        if missing or self.after:
+            row = F.pad(row, (0, 0, missing, self.after))
         out = row[:, :length] * self.taps[0]
         for i, tap in enumerate(self.taps[1:], 1):
             out = torch.addcmul(out, row[:, i : i + length], tap)

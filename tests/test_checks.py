@@ -182,13 +182,14 @@ def test_only_overflow_is_an_overflow():
 @pytest.mark.parametrize("state", [None, 3, "memory", torch.zeros(1), (torch.zeros(1),) * 3])
 def test_what_is_no_state_of_an_encoder_decoder(state):
     with pytest.raises(TypeError, match=rf"{type(state).__name__};.*initial_state"):
-        check_state(state)
+        check_state(state, 1)
 
 
-def test_a_state_is_one():
-    check_state(
-        MemformerState(randn(1, 2, 3), torch.zeros(1, 4).long(), torch.ones(1, 4).bool())
-    )
+def test_a_state_is_one_and_of_as_many_streams():
+    state = MemformerState(randn(1, 2, 3), torch.zeros(1, 4).long(), torch.ones(1, 4).bool())
+    check_state(state, 1)
+    with pytest.raises(ValueError, match=r"of 1 streams, the tokens of 3.*initial_state"):
+        check_state(state, 3)
 
 
 # --- looking without changing ---------------------------------------------------------------

@@ -190,19 +190,24 @@ def test_a_config_by_hand_arrives_in_the_parts(model):
 
 @every_model
 def test_parts_have_their_own_convolution_of_their_own_kind(model):
-    """Causal in front of a decoder, centred in front of an encoder, none where width is 1."""
-    net = build(model, convolution=5)
-    found = {
-        name: (m.before, m.after)
-        for name, m in net.named_modules()
-        if isinstance(m, ShortConvolution)
-    }
-    expected = {
-        MemformerLM: {"stack.layers.convolution": (4, 0)},
-        MemformerEncoder: {"layers.convolution": (2, 2)},
-        Memformer: {"encoder.layers.convolution": (2, 2), "decoder.convolution": (4, 0)},
-    }
-    assert found == expected[model]
+    """Causal in front of a decoder, centred in front of an encoder, none where width is 1.
+
+    Centred, it reaches as far back as ahead, so an even width gets one more.
+    """
+    for width, half in ((2, 1), (3, 1), (5, 2), (6, 3)):
+        net = build(model, convolution=width)
+        found = {
+            name: (m.before, m.after)
+            for name, m in net.named_modules()
+            if isinstance(m, ShortConvolution)
+        }
+        causal, centred = (width - 1, 0), (half, half)
+        expected = {
+            MemformerLM: {"stack.layers.convolution": causal},
+            MemformerEncoder: {"layers.convolution": centred},
+            Memformer: {"encoder.layers.convolution": centred, "decoder.convolution": causal},
+        }
+        assert found == expected[model]
     plain = build(model, convolution=1)
     assert not any(isinstance(m, ShortConvolution) for m in plain.modules())
 

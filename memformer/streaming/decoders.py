@@ -236,7 +236,7 @@ class CachedMemformer(CachedDecoder):
     ) -> None:
         super().__init__(model, batch_size, state, length)
         config, weight = model.config, model.output.weight
-        check_state(state)
+        check_state(state, batch_size)
         check_memory(state.memory, batch_size, config.num_slots, weight)
         self.cache = SegmentCache(config.decoder_layers, length, config.segment_length)
 
