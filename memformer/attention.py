@@ -208,8 +208,10 @@ def project(
 def attention_weights(layer: MultiHeadAttention, x: Tensor, context: Tensor) -> Tensor:
     """How each token of `x (B, L, D)` divides its attention over `context`, `(B, H, L, N)`.
 
-    What the fused kernel computes and does not show, for a layer without positions.
+    What the fused kernel computes and does not show. `ValueError` for a layer with positions.
     """
+    if not isinstance(layer.mix, FusedAttention) or layer.mix.rotary is not None:
+        raise ValueError("the layer has positions; its weights depend on more than content")
     query, key, _ = project(layer, x, context)
     weights: Tensor = (query @ key.mT / query.shape[-1] ** 0.5).softmax(dim=-1)
     return weights

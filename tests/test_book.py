@@ -3,6 +3,7 @@
 import ast
 import copy
 import importlib.util
+import json
 import re
 import sys
 from collections import Counter
@@ -393,12 +394,21 @@ def links(text):
 
 
 def slugs(path):
-    """Anchors of a page as Jupyter Book makes them from its headings."""
-    found = set()
+    """Anchors of a page: as Jupyter Book makes them from headings, and names of figures."""
+    found = set(figure_names(path))
     for title in re.findall(r"(?m)^#{1,6} (.+?)\s*$", prose(path)):
         plain = re.sub(r"[`*_]|\$", "", title).lower()
         found.add(re.sub(r"\s", "-", re.sub(r"[^\w\s-]", "", plain)))
     return found | set(re.findall(r"(?m)^\(([\w-]+)\)=", prose(path)))
+
+
+def figure_names(path):
+    """What the pictures of a notebook are called."""
+    if path.suffix != ".ipynb":
+        return []
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    figures = [c["metadata"].get("mystnb", {}).get("figure", {}) for c in cells]
+    return [figure["name"] for figure in figures if "name" in figure]
 
 
 def broken_links(text, page):
@@ -431,6 +441,7 @@ def test_links_that_lead_nowhere_are_noticed():
     text = "[a](nowhere.ipynb) ![b](none.png) [c](#no-heading) [d](https://x.org/y) [e][e]"
     text += "\n\n[e]: f.md"
     assert len(list(broken_links(text, CHAPTERS[0]))) == 4
+    assert list(broken_links("[Figure](#fig-nobody-drew-this)", CHAPTERS[0]))
     assert not list(broken_links(f"[a]({CHAPTERS[0].name}) `[b](none)`", CHAPTERS[0]))
     assert links("[a](b.md) and [c](d.md#e 'title')") == ["b.md", "d.md#e"]
 

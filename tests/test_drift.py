@@ -17,7 +17,6 @@ TAUGHT = {
     "reader",
     "writer",
     "forgetting",
-    "layers",
     "model",
     "mrbp",
 }
