@@ -7,6 +7,7 @@ hypothesis with it. `MEMFORMER_TEST_SEED=<number>` repeats a run.
 import os
 import random
 import secrets
+import signal
 import zlib
 
 import hypothesis
@@ -36,6 +37,9 @@ def pytest_configure(config):
     if getattr(config.option, "hypothesis_seed", None) is None:
         config.option.hypothesis_seed = str(SEED)
     torch.set_num_threads(1)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # Started in the background of a shell, which hands this on to every child.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_report_header():
