@@ -37,9 +37,12 @@ def pytest_configure(config):
     if getattr(config.option, "hypothesis_seed", None) is None:
         config.option.hypothesis_seed = str(SEED)
     torch.set_num_threads(1)
+    # A shell that starts the tests in the background, or nohup, has signals ignored, and every
+    # child with them. The tests send signals to their children.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        # Started in the background of a shell, which hands this on to every child.
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_report_header():
