@@ -13,6 +13,7 @@ from .settings import Count, Positive, setting_names, settings
 # What `init="paper"` sets, where it is not set by hand: the method as printed.
 PAPER = {
     "self_weight": None,
+    "query_start": 1.0,
     "forget_strength": 1.0,
     "convolution": 1,
     "reader_start": 1.0,
@@ -47,6 +48,7 @@ class MemformerConfig:
     init: Literal["learn", "paper"] = "learn"
     writer_heads: Count = 1
     self_weight: Annotated[float, Field(gt=0, lt=1)] | None = 0.8  # of an untrained writer
+    query_start: Positive = 0.1  # size of an untrained writer's queries
     forget_strength: Positive = 0.01
     normalise: bool = True  # slots, when they are read and when they write
     convolution: Count = 6  # tokens that meet before the layers (centred: made odd); 1: none

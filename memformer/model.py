@@ -32,6 +32,7 @@ def writer_for(config: MemformerConfig) -> MemoryWriter:
         config.temperature,
         self_weight=config.self_weight,
         length=config.segment_length,
+        query_start=config.query_start,
         normalise=config.normalise,
     )
 

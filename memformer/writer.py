@@ -20,7 +20,7 @@ from memformer.checks import (
 )
 
 # %% auto #0
-__all__ = ['QUERY_START', 'slot_weights', 'blend', 'keep_bias_for', 'MemoryWriter', 'ShortConvolution']
+__all__ = ['slot_weights', 'blend', 'keep_bias_for', 'MemoryWriter', 'ShortConvolution']
 
 # %% ../book/06_writing.ipynb #9beb3fb2
 def slot_weights(
@@ -66,15 +66,12 @@ def keep_bias_for(self_weight: float, length: int, temperature: float = 0.25) ->
     return temperature * (math.log(length) + math.log(self_weight / (1 - self_weight)))
 
 # %% ../book/06_writing.ipynb #3377a0fb
-QUERY_START = 0.1  # scores start small, so that the formula of `keep_bias_for` holds
-
-# %% ../book/06_writing.ipynb #61c6604e
 class MemoryWriter(nn.Module):
     """Slot attention, the paper's memory writing: `m'_i = a_i · [m_i ; V_x]` in every head.
 
-    An untrained writer keeps `self_weight` of a slot over a segment of `length` tokens, by a
-    learned bias per head and queries that start small; None is the paper's form, without.
-    `normalise`: slots are layer-normalised for queries and keys, never as values.
+    An untrained writer keeps `self_weight` of a slot over `length` tokens, by a learned bias
+    per head and queries that start small; `self_weight=None, query_start=1` is the paper's
+    form. `normalise`: slots are layer-normalised for queries and keys, never as values.
     """
 
     def __init__(
@@ -85,6 +82,7 @@ class MemoryWriter(nn.Module):
         *,
         self_weight: float | None = 0.8,
         length: int = 64,
+        query_start: float = 0.1,
         normalise: bool = True,
     ) -> None:
         super().__init__()
@@ -92,11 +90,9 @@ class MemoryWriter(nn.Module):
         self.num_heads, self.temperature = num_heads, check_temperature(temperature)
         self.norm = nn.LayerNorm(dim) if normalise else nn.Identity()
         self.query, self.key, self.value = (nn.Linear(dim, dim, bias=False) for _ in range(3))
-        self.keep_bias: nn.Parameter | None = None
-        if self_weight is not None:
-            bias = torch.tensor(keep_bias_for(self_weight, length, temperature))
-            self.keep_bias = nn.Parameter(bias.repeat(num_heads, 1, 1))
-            self.query.weight.data *= QUERY_START
+        self.query.weight.data *= query_start  # small scores make the formula true
+        b = None if self_weight is None else keep_bias_for(self_weight, length, temperature)
+        self.keep_bias = None if b is None else nn.Parameter(b * torch.ones(num_heads, 1, 1))
 
     def forward(
         self,
