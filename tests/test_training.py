@@ -45,6 +45,7 @@ from memformer.training import (
     recipe_from,
     write_checkpoint,
 )
+from memformer.training.recipes import read_recipe
 
 KINDS = ("lm", "encoder-decoder")
 SMALL = {
@@ -88,7 +89,8 @@ def same(left, right):
 # --- recipes --------------------------------------------------------------------------------
 
 
-SWEEPS = [name for name in preset_names() if name.startswith(("recall-ab", "recall-pairs"))]
+PLURAL = {"variants", "grid", "seeds"}
+SWEEPS = [name for name in preset_names() if PLURAL & set(read_recipe(name))]
 
 
 @pytest.mark.parametrize("name", [n for n in preset_names() if n not in SWEEPS])
