@@ -17,8 +17,8 @@ from .checks import check_at_least_one
 
 # %% auto #0
 __all__ = ['State', 'IGNORE', 'split_segments', 'SegmentModel', 'run_segments', 'leaves_of', 'map_state', 'detach_state',
-           'reset_state', 'Segment', 'begin_segment', 'segment_rows', 'count_segments', 'cut_documents',
-           'deal_documents', 'DocumentStreams']
+           'reset_state', 'Segment', 'segment_rows', 'count_segments', 'cut_documents', 'deal_documents',
+           'DocumentStreams', 'begin_segment']
 
 # %% ../book/02_segments.ipynb #a93dc82c
 def split_segments(tokens: Tensor, length: int) -> tuple[Tensor, ...]:
@@ -55,7 +55,10 @@ class SegmentModel(Protocol):
 
 # %% ../book/02_segments.ipynb #b6143624
 def run_segments(
-    model: SegmentModel, tokens: Tensor, length: int, state: State | None = None
+    model: SegmentModel,
+    tokens: Tensor,
+    length: int,
+    state: State | None = None,
 ) -> tuple[Tensor, State]:
     """Read `(B, N)` tokens in segments; returns all scores `(B, N, V)`, last state.
 
@@ -99,7 +102,11 @@ def detach_state(state: State) -> State:
     return map_state(Tensor.detach, state)
 
 # %% ../book/02_segments.ipynb #231e69db
-def reset_state(state: State, fresh: State, reset: Tensor) -> State:
+def reset_state(
+    state: State,
+    fresh: State,
+    reset: Tensor,
+) -> State:
     """Rows of `fresh` where `reset (B,)` is True, rows of `state` elsewhere.
 
     Gradients flow to the rows that were taken. Raises `ValueError` unless every
@@ -124,24 +131,14 @@ IGNORE = -100  # the target that torch.nn.functional.cross_entropy leaves out
 class Segment(NamedTuple):
     """One timestep of `B` streams that run side by side."""
 
-    tokens: Tensor  # (B, L) int64, what the model reads
-    targets: Tensor  # (B, L) int64, what to predict; IGNORE: nothing is asked
-    mask: Tensor  # (B, L) bool, True where `tokens` is real, False where padding
-    reset: Tensor  # (B,) bool, True where a document begins: a fresh state
-
-# %% ../book/02_segments.ipynb #66456da8
-def begin_segment(model: Any, segment: Any, state: State | None) -> tuple[Any, ...]:
-    """The arguments of `model` for a `Segment`: `(tokens, state)`, a mask if any.
-
-    Streams whose document begins here start afresh; a state of None starts all. A
-    mask or a reset may be None where nothing is padded or begins.
-    """
-    tokens, _, mask, reset = segment
-    if state is None:
-        state = model.initial_state(tokens.shape[0])
-    elif reset is not None:
-        state = reset_state(state, model.initial_state(tokens.shape[0]), reset)
-    return (tokens, state) if mask is None else (tokens, state, mask)
+    # (B, L) int64, what the model reads
+    tokens: Tensor
+    # (B, L) int64, what to predict; IGNORE: nothing is asked
+    targets: Tensor
+    # (B, L) bool, True where `tokens` is real, False where padding
+    mask: Tensor
+    # (B,) bool, True where a document begins: a fresh state
+    reset: Tensor
 
 # %% ../book/02_segments.ipynb #02c7959f
 def segment_rows(
@@ -243,3 +240,21 @@ class DocumentStreams:
         for _ in range(len(self)):
             rows = zip(*(next(reader) for reader in readers), strict=True)
             yield Segment(*(torch.stack(field) for field in rows))
+
+# %% ../book/02_segments.ipynb #66456da8
+def begin_segment(
+    model: Any,
+    segment: Any,
+    state: State | None,
+) -> tuple[Any, ...]:
+    """The arguments of `model` for a `Segment`: `(tokens, state)`, a mask if any.
+
+    Streams whose document begins here start afresh; a state of None starts all. A
+    mask or a reset may be None where nothing is padded or begins.
+    """
+    tokens, _, mask, reset = segment
+    if state is None:
+        state = model.initial_state(tokens.shape[0])
+    elif reset is not None:
+        state = reset_state(state, model.initial_state(tokens.shape[0]), reset)
+    return (tokens, state) if mask is None else (tokens, state, mask)

@@ -12,7 +12,7 @@ from torch import Tensor
 from .checks import check_at_least_one
 
 # %% auto #0
-__all__ = ['unit_rows', 'separate_slots', 'slot_similarity', 'effective_slots']
+__all__ = ['unit_rows', 'slot_similarity', 'separate_slots', 'effective_slots']
 
 # %% ../book/04_slots.ipynb #f023a083
 def unit_rows(x: Tensor) -> Tensor:
@@ -21,6 +21,13 @@ def unit_rows(x: Tensor) -> Tensor:
     The guard is a number that float16 can hold: a row of zeros stays zero, not NaN.
     """
     return F.normalize(x, dim=-1, eps=1e-6)
+
+# %% ../book/04_slots.ipynb #9ec08cf7
+def slot_similarity(memory: Tensor) -> Tensor:
+    """Cosines between slots, `(B, K, D)` → `(B, K, K)`; 0 for a slot of zeros."""
+    wide = torch.promote_types(memory.dtype, torch.float32)  # 16 bits overflow
+    unit = unit_rows(memory.to(wide))
+    return unit @ unit.mT
 
 # %% ../book/04_slots.ipynb #a1c1b9c1
 def separate_slots(
@@ -34,20 +41,13 @@ def separate_slots(
     Raises `ValueError` below one slot or one feature.
     """
     check_at_least_one(num_slots=num_slots, dim=dim)
-    sets = -(-num_slots // dim)
+    sets = -(-num_slots // dim)  # rounded up
     q, r = torch.linalg.qr(torch.randn(sets, dim, dim, generator=generator))
     # The routine has its own rule for signs; those of R make the sets uniformly random.
     slots: Tensor = q * r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
     return slots.flatten(0, 1)[:num_slots].contiguous()
 
 # %% ../book/04_slots.ipynb #c46cc3ef
-def slot_similarity(memory: Tensor) -> Tensor:
-    """Cosines between slots, `(B, K, D)` → `(B, K, K)`; 0 for a slot of zeros."""
-    wide = torch.promote_types(memory.dtype, torch.float32)  # 16 bits overflow
-    unit = unit_rows(memory.to(wide))
-    return unit @ unit.mT
-
-
 def effective_slots(memory: Tensor) -> Tensor:
     """How many slots a memory is worth, `(B, K, D)` → `(B,)`: 1 (alike) to min(K, D).
 
