@@ -103,10 +103,7 @@ class MemformerLM(nn.Module, Pretrained, library_name="memformer"):
     def forward(
         self, tokens: Tensor, state: Tensor, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """`tokens (B, L)`, memory `(B, K, D)` → next-token scores `(B, L, V)`, next memory.
-
-        `mask (B, L)` is True where real. Raises what `check_tokens` and `check_memory` raise.
-        """
+        """Scores `(B, L, V)`, next memory `(B, K, D)`; errors as `check_tokens` raises them."""
         hidden, memory = self.stack(tokens, state, mask)
         return self.output(hidden), memory
 

@@ -26,7 +26,7 @@ from .segments import State, detach_state, leaves_of, map_state
 __all__ = ['Step', 'Advance', 'Watch', 'as_leaves', 'Border', 'Replayed', 'back_propagate', 'ReplayBuffer', 'go_back',
            'memory_replay_backward', 'memory_replay']
 
-# %% ../book/10_replay.ipynb #a193a234
+# %% ../book/10_replay.ipynb #0cc4a1c0
 def as_leaves(state: State) -> State:
     """The same values where a new graph may begin.
 
@@ -39,7 +39,7 @@ def as_leaves(state: State) -> State:
 
     return map_state(leaf, state)
 
-# %% ../book/10_replay.ipynb #bcabbaf0
+
 Step = Callable[[Any, State], tuple[Tensor | None, State]]  # (segment, memory) → (loss, memory)
 Advance = Callable[[Any, State], State]  # (segment, memory) → memory
 
@@ -62,7 +62,7 @@ class Replayed(NamedTuple):
 
 Watch = Callable[[Replayed], None]
 
-# %% ../book/10_replay.ipynb #fa93ca2d
+
 def back_propagate(ends: Iterable[tuple[Tensor, Tensor | None]]) -> bool:
     """One backward pass from several ends, each with the gradient that arrives there.
 
@@ -78,7 +78,7 @@ def back_propagate(ends: Iterable[tuple[Tensor, Tensor | None]]) -> bool:
 
 # %% ../book/10_replay.ipynb #b2c5d725
 class ReplayBuffer:
-    """What is known at the borders of segments, and how to go back through one of them."""
+    """What is known at the borders of segments, and how to go back through one."""
 
     def __init__(self, step: Step, memory: State) -> None:
         self.step, self.borders = step, list[Border]()
@@ -86,7 +86,7 @@ class ReplayBuffer:
         self.mixed = MixedPrecision.now(leaf.device.type for leaf in leaves_of(memory))
 
     def enter(self, segment: Any, memory: State) -> State:
-        """Keep what it takes to run this segment again; returns the memory to run it with."""
+        """Keep what it takes to run this segment again; returns the memory for it."""
         random = RandomState.now(memory, segment)
         self.borders.append(Border(segment, detach_state(memory), random))
         return as_leaves(memory)
@@ -96,9 +96,9 @@ class ReplayBuffer:
     ) -> tuple[Tensor | None, State, tuple[Tensor | None, ...]]:
         """Run one segment again with its graph, and go back through it once.
 
-        `arriving` are the gradients at the tensors of the memory it returns (none: empty),
-        `scale` the one at its loss. Returns that loss and memory, both detached, and the
-        gradients at the tensors of the memory it read.
+        `arriving` are the gradients at the tensors of the memory it returns
+        (none: empty), `scale` the one at its loss. Returns that loss and memory,
+        both detached, and the gradients at the tensors of the memory it read.
         """
         border.random.restore()
         memory = as_leaves(border.memory)
@@ -157,27 +157,27 @@ def memory_replay_backward(
     advance: Advance | None = None,
     watch: Watch | None = None,
 ) -> tuple[Tensor, State]:
-    """Back-propagate the sum of all segments' losses, holding the graph of one at a time.
+    """Back-propagate the sum of all segments' losses, holding one graph at a time.
 
-    `step(segment, memory) → (loss, memory)` reads one segment: the loss is a scalar, or None
-    where nothing is asked; memory is a tensor or a nested tuple of tensors. Gradients are
-    added to `.grad`, also to that of `memory` where it, or what it was computed from, asks
-    for one. `advance(segment, memory) → memory` is a cheaper way to the next memory for the
-    first pass; what it draws at random must be what `step` draws first. `watch` is called
-    after each segment, the last one first. Returns the loss and the last memory, both
-    detached. Algorithm 1 of the Memformer paper (2022).
+    `step(segment, memory) → (loss, memory)` reads one segment: the loss is a scalar,
+    or None where nothing is asked; memory is a tensor or a nested tuple of tensors.
+    Gradients are added to `.grad`, also to that of `memory` where it, or what it was
+    computed from, asks for one. `advance(segment, memory) → memory` is a cheaper way
+    to the next memory for the first pass; what it draws at random must be what `step`
+    draws first. `watch` is called after each segment, the last one first. Returns the
+    loss and the last memory, both detached. Algorithm 1 of the Memformer paper (2022).
 
-    Raises `ValueError` where there are no segments, no loss, or one that is not a scalar,
-    `TypeError` where the memory changes its nesting, and `RuntimeError` where nothing asks for
-    a gradient or the two passes disagree. Where a step raises, `.grad` may hold a part of the
-    gradient: zero it.
+    Raises `ValueError` where there are no segments, no loss, or one that is not a
+    scalar, `TypeError` where the memory changes its nesting, and `RuntimeError` where
+    nothing asks for a gradient or the two passes disagree. Where a step raises, `.grad`
+    may hold a part of the gradient: zero it.
     """
     *early, final = check_segments(segments)
-    advance = advance or (lambda segment, memory: step(segment, memory)[1])
     buffer, now = ReplayBuffer(step, memory), memory
     with torch.no_grad():
         for segment in early:
-            after = advance(segment, buffer.enter(segment, now))
+            read = buffer.enter(segment, now)
+            after = advance(segment, read) if advance else step(segment, read)[1]
             check_step(None, after, now)
             now = after
         buffer.enter(final, now)  # the last one is run only once, in the second pass
@@ -185,7 +185,7 @@ def memory_replay_backward(
     back_propagate(zip(leaves_of(memory), gradients, strict=True))
     return loss, last
 
-# %% ../book/10_replay.ipynb #d31d9164
+# %% ../book/10_replay.ipynb #bfd5aebe
 class _Replay(torch.autograd.Function):
     """Segments that have been run, as one node of a graph; its backward pass replays them."""
 
@@ -206,7 +206,7 @@ class _Replay(torch.autograd.Function):
         finally:
             now.restore()
 
-# %% ../book/10_replay.ipynb #1bffde28
+
 def memory_replay(step: Step, segments: Iterable[Any], memory: State) -> tuple[Tensor, State]:
     """The same for an ordinary loop: a loss and a memory for `backward()` to come back to.
 

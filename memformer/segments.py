@@ -102,11 +102,7 @@ def detach_state(state: State) -> State:
     return map_state(Tensor.detach, state)
 
 # %% ../book/02_segments.ipynb #231e69db
-def reset_state(
-    state: State,
-    fresh: State,
-    reset: Tensor,
-) -> State:
+def reset_state(state: State, fresh: State, reset: Tensor) -> State:
     """Rows of `fresh` where `reset (B,)` is True, rows of `state` elsewhere.
 
     Gradients flow to the rows that were taken. Raises `ValueError` unless every
@@ -131,14 +127,10 @@ IGNORE = -100  # the target that torch.nn.functional.cross_entropy leaves out
 class Segment(NamedTuple):
     """One timestep of `B` streams that run side by side."""
 
-    # (B, L) int64, what the model reads
-    tokens: Tensor
-    # (B, L) int64, what to predict; IGNORE: nothing is asked
-    targets: Tensor
-    # (B, L) bool, True where `tokens` is real, False where padding
-    mask: Tensor
-    # (B,) bool, True where a document begins: a fresh state
-    reset: Tensor
+    tokens: Tensor  # (B, L) int64, what is read
+    targets: Tensor  # (B, L) int64, IGNORE: not asked
+    mask: Tensor  # (B, L) bool, False where padding
+    reset: Tensor  # (B,) bool, True: a document begins
 
 # %% ../book/02_segments.ipynb #02c7959f
 def segment_rows(
@@ -242,11 +234,7 @@ class DocumentStreams:
             yield Segment(*(torch.stack(field) for field in rows))
 
 # %% ../book/02_segments.ipynb #66456da8
-def begin_segment(
-    model: Any,
-    segment: Any,
-    state: State | None,
-) -> tuple[Any, ...]:
+def begin_segment(model: Any, segment: Any, state: State | None) -> tuple[Any, ...]:
     """The arguments of `model` for a `Segment`: `(tokens, state)`, a mask if any.
 
     Streams whose document begins here start afresh; a state of None starts all. A

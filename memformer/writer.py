@@ -69,9 +69,8 @@ def keep_bias_for(self_weight: float, length: int, temperature: float = 0.25) ->
 class MemoryWriter(nn.Module):
     """Slot attention, the paper's memory writing: `m'_i = a_i · [m_i ; V_x]` in every head.
 
-    An untrained writer keeps `self_weight` of a slot over `length` tokens, by a learned bias
-    per head and queries that start small; `self_weight=None, query_start=1` is the paper's
-    form. `normalise`: slots are layer-normalised for queries and keys, never as values.
+    Untrained, it keeps `self_weight` of a slot over `length` tokens; with None, and with
+    `query_start=1`, it is the paper's form. `normalise` is not for the slots' own values.
     """
 
     def __init__(
@@ -102,9 +101,11 @@ class MemoryWriter(nn.Module):
         return_weights: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """`memory (B, K, D)`, `x (B, L, D)`, `mask (B, L)` → `(B, K, D)`; and the weights."""
-        slots = self.norm(memory)
-        parts = self.query(slots), self.key(slots), self.key(x), self.value(x), memory
-        query, own_key, key, value, old = (split_heads(t, self.num_heads) for t in parts)
+        slots, heads = self.norm(memory), self.num_heads
+        query = split_heads(self.query(slots), heads)
+        own_key = split_heads(self.key(slots), heads)
+        key = split_heads(self.key(x), heads)
+        value, old = split_heads(self.value(x), heads), split_heads(memory, heads)
         weights = slot_weights(query, own_key, key, self.temperature, self.keep_bias, mask)
         new = merge_heads(blend(weights, old, value))
         return (new, weights) if return_weights else new
