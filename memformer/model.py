@@ -42,18 +42,16 @@ class MemoryStack(nn.Module):
 
     def __init__(self, config: MemformerConfig, num_layers: int, *, causal: bool) -> None:
         super().__init__()
-        self.config, dim = config, config.dim
-        self.embed = nn.Embedding(config.vocab_size, dim)
-        nn.init.normal_(self.embed.weight, std=dim**-0.5)  # length about 1, like a slot
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.dim)
+        nn.init.normal_(self.embed.weight, std=config.dim**-0.5)  # length about 1, like a slot
         self.layers = SegmentLayers(config, num_layers, "memory", causal=causal)
         self.writer = writer_for(config)
-        self.forget = BiasedMemoryNorm(config.num_slots, dim, strength=config.forget_strength)
+        strength = config.forget_strength
+        self.forget = BiasedMemoryNorm(config.num_slots, config.dim, strength=strength)
 
     def initial_state(self, batch_size: int) -> Tensor:
-        """The memory before anything was read, `(B, K, D)`, differentiable in `forget.bias`.
-
-        So it belongs to a graph: `copy.deepcopy` takes only what `detach_state` makes of it.
-        """
+        """The memory before anything was read, `(B, K, D)`, differentiable in `forget.bias`."""
         return self.forget.initial(batch_size)
 
     def read(
@@ -64,14 +62,13 @@ class MemoryStack(nn.Module):
         cache: SegmentCache | None = None,
     ) -> Tensor:
         """`tokens (B, L)`, `memory (B, K, D)` → hidden `(B, L, D)`: nothing is written."""
-        return self.layers(self.embed(tokens), memory, mask, cache=cache)  # type: ignore[no-any-return]
+        hidden: Tensor = self.layers(self.embed(tokens), memory, mask, cache=cache)
+        return hidden
 
     def write(self, memory: Tensor, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
-        """`memory (B, K, D)`, `hidden (B, L, D)` → the next memory.
-
-        A stream that is all padding keeps its memory.
-        """
+        """`memory (B, K, D)`, `hidden (B, L, D)` → next memory; kept where all is padding."""
         new: Tensor = self.forget(self.writer(memory, hidden, mask))
+        # new where a stream has a real token, else the old one
         return new if mask is None else reset_state(memory, new, mask.any(dim=1))
 
     def forward(
@@ -109,8 +106,8 @@ class MemformerLM(nn.Module, Pretrained, library_name="memformer"):
 
     def advance(self, tokens: Tensor, state: Tensor, mask: Tensor | None = None) -> Tensor:
         """Only the next memory, without scores."""
-        memory: Tensor = self.stack(tokens, state, mask)[1]
-        return memory
+        next_memory: Tensor = self.stack(tokens, state, mask)[1]
+        return next_memory
 
 # %% ../book/08_memformer.ipynb #1540853a
 class MemformerEncoder(MemoryStack, Pretrained, library_name="memformer"):
@@ -131,7 +128,9 @@ class MemformerState(NamedTuple):
 
 def memory_of(state: State) -> Tensor:
     """The memory inside a state: the state itself, or its `memory` field."""
-    memory: Tensor = state if isinstance(state, Tensor) else state.memory
+    if isinstance(state, Tensor):
+        return state
+    memory: Tensor = state.memory
     return memory
 
 # %% ../book/08_memformer.ipynb #b07f1c0f
@@ -194,4 +193,6 @@ class Memformer(nn.Module, Pretrained, library_name="memformer"):
         seen, real = unpadded(state)
         hidden, memory = self.encoder(seen, state.memory, real)
         new = carry(memory, tokens, mask, length)
-        return hidden, real, new if mask is None else reset_state(state, new, mask.any(dim=1))
+        if mask is not None:  # new where a stream has a real token, else as it was
+            new = reset_state(state, new, mask.any(dim=1))
+        return hidden, real, new

@@ -47,13 +47,13 @@ def separate_slots(
     slots: Tensor = q * r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
     return slots.flatten(0, 1)[:num_slots].contiguous()
 
-# %% ../book/04_slots.ipynb #c46cc3ef
+# %% ../book/04_slots.ipynb #97ba6048
 def effective_slots(memory: Tensor) -> Tensor:
     """How many slots a memory is worth, `(B, K, D)` → `(B,)`: 1 (alike) to min(K, D).
 
     The exponential of the entropy of the squared singular values of the unit slots
-    (the effective rank of Roy and Vetterli 2007, on energies). A slot of zeros adds
-    nothing, and a memory of zeros is worth 0.
+    (the effective rank of Roy and Vetterli 2007, on energies). It counts directions:
+    m and −m are worth 1. A slot of zeros adds nothing, a memory of zeros is worth 0.
     """
     wide = torch.promote_types(memory.dtype, torch.float32)  # 16 bits have no SVD
     energy = torch.linalg.svdvals(unit_rows(memory.to(wide))).square()

@@ -65,12 +65,11 @@ def keep_bias_for(self_weight: float, length: int, temperature: float = 0.25) ->
     check_at_least_one(length=length)
     return temperature * (math.log(length) + math.log(self_weight / (1 - self_weight)))
 
-# %% ../book/06_writing.ipynb #3377a0fb
+# %% ../book/06_writing.ipynb #b389732c
 class MemoryWriter(nn.Module):
-    """Slot attention, the paper's memory writing: `m'_i = a_i · [m_i ; V_x]` in every head.
+    """Slot attention: `m'_i = a_i · [m_i ; V_x]` in every head; `x` comes normalised.
 
-    Untrained, it keeps `self_weight` of a slot over `length` tokens; with None, and with
-    `query_start=1`, it is the paper's form. `normalise` is not for the slots' own values.
+    Untrained, it keeps `self_weight`; with None and `query_start=1` it is nearest to the paper.
     """
 
     def __init__(
@@ -86,10 +85,11 @@ class MemoryWriter(nn.Module):
     ) -> None:
         super().__init__()
         check_heads(dim, num_heads)
-        self.num_heads, self.temperature = num_heads, check_temperature(temperature)
+        self.num_heads = num_heads
+        self.temperature = check_temperature(temperature)
         self.norm = nn.LayerNorm(dim) if normalise else nn.Identity()
         self.query, self.key, self.value = (nn.Linear(dim, dim, bias=False) for _ in range(3))
-        self.query.weight.data *= query_start  # small scores make the formula true
+        self.query.weight = nn.Parameter(query_start * self.query.weight.detach())
         b = None if self_weight is None else keep_bias_for(self_weight, length, temperature)
         self.keep_bias = None if b is None else nn.Parameter(b * torch.ones(num_heads, 1, 1))
 
@@ -100,14 +100,14 @@ class MemoryWriter(nn.Module):
         mask: Tensor | None = None,
         return_weights: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """`memory (B, K, D)`, `x (B, L, D)`, `mask (B, L)` → `(B, K, D)`; and the weights."""
-        slots, heads = self.norm(memory), self.num_heads
-        query = split_heads(self.query(slots), heads)
-        own_key = split_heads(self.key(slots), heads)
-        key = split_heads(self.key(x), heads)
-        value, old = split_heads(self.value(x), heads), split_heads(memory, heads)
+        """`memory (B, K, D)`, `x (B, L, D)`, `mask (B, L)` → `(B, K, D)`; and weights."""
+        slots = self.norm(memory)
+        query = split_heads(self.query(slots), self.num_heads)
+        own_key = split_heads(self.key(slots), self.num_heads)
+        key = split_heads(self.key(x), self.num_heads)
+        value = split_heads(self.value(x), self.num_heads)
         weights = slot_weights(query, own_key, key, self.temperature, self.keep_bias, mask)
-        new = merge_heads(blend(weights, old, value))
+        new = merge_heads(blend(weights, split_heads(memory, self.num_heads), value))
         return (new, weights) if return_weights else new
 
 # %% ../book/06_writing.ipynb #40d390b0
@@ -124,9 +124,9 @@ class ShortConvolution(nn.Module):
         check_at_least_one(dim=dim, width=width)
         self.before = width - 1 if causal else width // 2
         self.after = width - 1 - self.before
-        self.taps = nn.Parameter(torch.randn(width, dim))
-        with torch.no_grad():
-            self.taps[self.before] += 1
+        taps = torch.randn(width, dim)
+        taps[self.before] += 1
+        self.taps = nn.Parameter(taps)
 
     def forward(
         self, x: Tensor, mask: Tensor | None = None, past: Tensor | None = None
@@ -139,9 +139,8 @@ class ShortConvolution(nn.Module):
         length, size = x.shape[1], row.shape[1]
         if mask is not None:
             row = row * mask[:, -size:, None]
-        missing = self.before - size + length
-        if missing or self.after:
-            row = F.pad(row, (0, 0, missing, self.after))
+        missing = self.before - (size - length)  # below 0: so many of `past` are cut off
+        row = F.pad(row, (0, 0, missing, self.after))
         out = row[:, :length] * self.taps[0]
         for i, tap in enumerate(self.taps[1:], 1):
             out = torch.addcmul(out, row[:, i : i + length], tap)
@@ -150,4 +149,4 @@ class ShortConvolution(nn.Module):
     def reach(self, x: Tensor, past: Tensor | None = None) -> Tensor:
         """The `before` tokens, or fewer, that the next token meets: a copy of their own."""
         row = x if past is None else torch.cat((past, x), dim=1)
-        return row[:, -self.before :].clone()
+        return row[:, max(0, row.shape[1] - self.before) :].clone()

@@ -540,7 +540,6 @@ def test_padding_is_invisible_to_the_convolution(seed, causal, batch, length, di
 @given(seed=seeds, cuts=st.sets(st.integers(1, 8)), masked=st.booleans(), **shapes)
 def test_pieces_with_their_past_are_the_whole(seed, cuts, masked, batch, length, dim, width):
     torch.manual_seed(seed)
-    width = max(2, width)
     net, x = convolution_for(dim, width), randn(batch, length, dim)
     mask = torch.rand(batch, length) < 0.7 if masked else None
     whole, past = net(x, mask), None
@@ -551,6 +550,15 @@ def test_pieces_with_their_past_are_the_whole(seed, cuts, masked, batch, length,
         past = net.reach(x[:, begin:end], past)
         assert past.shape[1] == min(end, width - 1)  # never more than the next token meets
         assert torch.equal(past, x[:, end - past.shape[1] : end])
+
+
+@pytest.mark.parametrize("width", [1, 2, 4])
+def test_a_reach_is_never_longer_than_what_the_next_token_meets(width):
+    net, x = convolution_for(3, width), randn(2, 6, 3)
+    for past in (None, randn(2, 5, 3)):
+        assert net.reach(x, past).shape == (2, width - 1, 3)
+        assert torch.equal(net.reach(x, past), x[:, 6 - (width - 1) :])
+    assert net.reach(x[:, :1]).shape == (2, min(1, width - 1), 3)
 
 
 def test_a_lost_past_would_be_noticed():
