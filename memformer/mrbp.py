@@ -23,16 +23,12 @@ from memformer.again import (
 from .segments import State, detach_state, leaves_of, map_state
 
 # %% auto #0
-__all__ = ['Step', 'Advance', 'Watch', 'as_leaves', 'Border', 'Replayed', 'back_propagate', 'ReplayBuffer', 'go_back',
-           'memory_replay_backward', 'memory_replay']
+__all__ = ['Step', 'Advance', 'Gradients', 'Watch', 'as_leaves', 'Border', 'Replayed', 'back_propagate', 'ReplayBuffer',
+           'SecondPass', 'go_back', 'memory_replay_backward', 'memory_replay']
 
 # %% ../book/10_replay.ipynb #0cc4a1c0
 def as_leaves(state: State) -> State:
-    """The same values where a new graph may begin.
-
-    Numbers ask for a gradient. Integers and flags are copied, so that a step that counts in
-    place leaves the original alone.
-    """
+    """The same values where a new graph may begin; integers are copies, to be counted in place."""
 
     def leaf(t: Tensor) -> Tensor:
         return t.detach().requires_grad_() if differentiable(t) else t.clone()
@@ -42,6 +38,7 @@ def as_leaves(state: State) -> State:
 
 Step = Callable[[Any, State], tuple[Tensor | None, State]]  # (segment, memory) → (loss, memory)
 Advance = Callable[[Any, State], State]  # (segment, memory) → memory
+Gradients = tuple[Tensor | None, ...]  # at each tensor of a memory; None: none arrives
 
 
 class Border(NamedTuple):
@@ -57,17 +54,14 @@ class Replayed(NamedTuple):
 
     segment: int  # 0 is the first segment; the last one is replayed first
     loss: Tensor | None  # detached; None where the step gave none
-    gradient: tuple[Tensor | None, ...]  # of all losses, by each tensor of the memory it read
+    gradient: Gradients  # of all losses, by each tensor of the memory it read
 
 
 Watch = Callable[[Replayed], None]
 
 
 def back_propagate(ends: Iterable[tuple[Tensor, Tensor | None]]) -> bool:
-    """One backward pass from several ends, each with the gradient that arrives there.
-
-    Ends that ask for no gradient, or get none, are left out. Returns whether any was left.
-    """
+    """One backward pass from all ends that ask for a gradient and get one: were there any?"""
     open_ends = [(end, g) for end, g in ends if end.requires_grad and g is not None]
     if not open_ends:
         return False
@@ -81,7 +75,8 @@ class ReplayBuffer:
     """What is known at the borders of segments, and how to go back through one."""
 
     def __init__(self, step: Step, memory: State) -> None:
-        self.step, self.borders = step, list[Border]()
+        self.step = step
+        self.borders: list[Border] = []
         self.flowed = False  # whether any gradient has
         self.mixed = MixedPrecision.now(leaf.device.type for leaf in leaves_of(memory))
 
@@ -89,16 +84,15 @@ class ReplayBuffer:
         """Keep what it takes to run this segment again; returns the memory for it."""
         random = RandomState.now(memory, segment)
         self.borders.append(Border(segment, detach_state(memory), random))
-        return as_leaves(memory)
+        return as_leaves(memory)  # as in the second pass: a step must see the same
 
     def replay(
-        self, border: Border, arriving: Sequence[Tensor | None], scale: Tensor | None
-    ) -> tuple[Tensor | None, State, tuple[Tensor | None, ...]]:
+        self, border: Border, arriving: Gradients, scale: Tensor | None
+    ) -> tuple[Tensor | None, State, Gradients]:
         """Run one segment again with its graph, and go back through it once.
 
-        `arriving` are the gradients at the tensors of the memory it returns
-        (none: empty), `scale` the one at its loss. Returns that loss and memory,
-        both detached, and the gradients at the tensors of the memory it read.
+        `arriving` are the gradients at the memory it returns (none: empty), `scale`
+        the one at its loss. Returns both, detached, and the gradients at what it read.
         """
         border.random.restore()
         memory = as_leaves(border.memory)
@@ -108,47 +102,66 @@ class ReplayBuffer:
         ends = list(zip(leaves_of(after), arriving, strict=True)) if arriving else []
         if loss is not None:
             ends.append((loss, None if scale is None else scale.to(loss)))
+            loss = loss.detach()
         self.flowed |= back_propagate(ends)
-        gradient = tuple(leaf.grad for leaf in leaves_of(memory))
-        return None if loss is None else loss.detach(), detach_state(after), gradient
+        return loss, detach_state(after), tuple(leaf.grad for leaf in leaves_of(memory))
 
 # %% ../book/10_replay.ipynb #c5981ff0
-def go_back(
-    buffer: ReplayBuffer,
-    arriving: Sequence[Tensor | None],
-    scale: Tensor | None,
-    watch: Watch | None = None,
-) -> tuple[Tensor, State, tuple[Tensor | None, ...]]:
-    """The second pass, from the last segment to the first.
+class SecondPass:
+    """What is seen on the way back: losses, the last memory, and how far the passes agree."""
 
-    `arriving` and `scale` are those of the last segment, as for `ReplayBuffer.replay`. Returns
-    the sum of losses, the last memory, and the gradients at the first one. Raises what
-    `memory_replay_backward` raises.
-    """
-    total, last, next_one, afterwards = None, None, None, buffer.borders[-1].random
-    worst = []
-    try:
-        for index, border in reversed(list(enumerate(buffer.borders))):
-            loss, memory, arriving = buffer.replay(border, arriving, scale)
-            if next_one is None:
-                last, afterwards = memory, RandomState.now(memory, border.segment)
-            else:
-                worst.append(disagreement(memory, next_one.memory, buffer.mixed.enabled))
-            if loss is not None:
-                total = loss if total is None else total + loss
-            if watch is not None:
-                watch(Replayed(index, loss, tuple(arriving)))
-            next_one = border
-    finally:
-        afterwards.restore()  # as if every segment had been run once
-    if total is None:
-        raise ValueError("no segment gave a loss; at least one is needed")
-    if not buffer.flowed:
-        raise RuntimeError("no loss depends on anything that requires a gradient")
-    check_agreement(worst)
-    return total, last, tuple(arriving)
+    def __init__(self, buffer: ReplayBuffer) -> None:
+        self.buffer = buffer
+        self.total: Tensor | None = None
+        self.last: State = ()
+        self.afterwards = buffer.borders[-1].random
+        self.worst: list[Tensor] = []
+
+    def note(self, index: int, loss: Tensor | None, memory: State) -> None:
+        """A segment has been replayed; `memory` is what it returned."""
+        borders = self.buffer.borders
+        if index == len(borders) - 1:
+            self.last, self.afterwards = memory, RandomState.now(memory, borders[-1].segment)
+        else:
+            kept, mixed = borders[index + 1].memory, self.buffer.mixed.enabled
+            self.worst.append(disagreement(memory, kept, mixed))
+        if loss is not None:
+            self.total = loss if self.total is None else self.total + loss
+
+    def result(self) -> tuple[Tensor, State]:
+        """The sum of losses and the last memory, if all went well."""
+        if self.total is None:
+            raise ValueError("no segment gave a loss; at least one is needed")
+        if not self.buffer.flowed:
+            raise RuntimeError("no loss depends on anything that requires a gradient")
+        check_agreement(self.worst)
+        return self.total, self.last
 
 # %% ../book/10_replay.ipynb #dc7184dd
+def go_back(
+    buffer: ReplayBuffer,
+    arriving: Gradients,
+    scale: Tensor | None,
+    watch: Watch | None = None,
+) -> tuple[Tensor, State, Gradients]:
+    """The second pass, from the last segment to the first.
+
+    `arriving` and `scale` are the last segment's, as for `ReplayBuffer.replay`. Returns the sum
+    of losses, the last memory, the gradients at the first. Raises as `memory_replay_backward`.
+    """
+    seen = SecondPass(buffer)
+    try:
+        for index in reversed(range(len(buffer.borders))):
+            loss, memory, arriving = buffer.replay(buffer.borders[index], arriving, scale)
+            seen.note(index, loss, memory)
+            if watch is not None:
+                watch(Replayed(index, loss, arriving))
+    finally:
+        seen.afterwards.restore()  # as if every segment had been run once
+    total, last = seen.result()
+    return total, last, arriving
+
+# %% ../book/10_replay.ipynb #7cb1cd4e
 def memory_replay_backward(
     step: Step,
     segments: Iterable[Any],
@@ -159,21 +172,20 @@ def memory_replay_backward(
 ) -> tuple[Tensor, State]:
     """Back-propagate the sum of all segments' losses, holding one graph at a time.
 
-    `step(segment, memory) → (loss, memory)` reads one segment: the loss is a scalar,
-    or None where nothing is asked; memory is a tensor or a nested tuple of tensors.
-    Gradients are added to `.grad`, also to that of `memory` where it, or what it was
-    computed from, asks for one. `advance(segment, memory) → memory` is a cheaper way
-    to the next memory for the first pass; what it draws at random must be what `step`
-    draws first. `watch` is called after each segment, the last one first. Returns the
-    loss and the last memory, both detached. Algorithm 1 of the Memformer paper (2022).
+    `step(segment, memory) → (loss, memory)` reads one segment: the loss is a scalar, or
+    None; memory is a tensor or a nested tuple of tensors. Gradients are added to `.grad`,
+    also of `memory` or what it was computed from. `advance(segment, memory) → memory` is a
+    cheaper first pass; what it draws at random must be what `step` draws first. `watch`
+    is called after each segment, the last one first. Returns the loss and the last
+    memory, both detached. Algorithm 1 of the Memformer paper (2022).
 
-    Raises `ValueError` where there are no segments, no loss, or one that is not a
-    scalar, `TypeError` where the memory changes its nesting, and `RuntimeError` where
-    nothing asks for a gradient or the two passes disagree. Where a step raises, `.grad`
-    may hold a part of the gradient: zero it.
+    Raises `ValueError` for no segments, no loss, or one that is not a scalar, `TypeError`
+    where the memory changes its nesting, `RuntimeError` where nothing asks for a gradient
+    or the passes disagree. Where a step raises, `.grad` may hold a part: zero it.
     """
     *early, final = check_segments(segments)
-    buffer, now = ReplayBuffer(step, memory), memory
+    buffer = ReplayBuffer(step, memory)
+    now = memory
     with torch.no_grad():
         for segment in early:
             read = buffer.enter(segment, now)
@@ -202,21 +214,22 @@ class _Replay(torch.autograd.Function):
     def backward(ctx: Any, scale: Tensor | None, *arriving: Tensor | None) -> Any:
         now = RandomState.now(*leaves_of(ctx.buffer.borders[-1].memory))
         try:
-            return None, None, *go_back(ctx.buffer, arriving, scale)[2], None
+            _, _, gradients = go_back(ctx.buffer, arriving, scale)
         finally:
             now.restore()
+        return None, None, *gradients, None  # for buffer, outputs, inputs, and the anchor
 
 
 def memory_replay(step: Step, segments: Iterable[Any], memory: State) -> tuple[Tensor, State]:
     """The same for an ordinary loop: a loss and a memory for `backward()` to come back to.
 
-    Both may be used in further computation: scaled, added to, read by another model. The first
-    pass computes losses too, so it costs more than `memory_replay_backward` with `advance`.
-    Weights get their gradients in `.grad` during `backward()`; `torch.autograd.grad` with
-    respect to weights does not see them. Raises as `memory_replay_backward` does, the
+    Both may be used further: scaled, added to, read by another model. The first pass computes
+    losses too: there is no `advance`. Weights get their gradients in `.grad` in `backward()`;
+    `torch.autograd.grad` does not see them. Raises as `memory_replay_backward` does, the
     `RuntimeError` in `backward()`.
     """
-    buffer, now = ReplayBuffer(step, memory), memory
+    buffer = ReplayBuffer(step, memory)
+    now = memory
     total: Tensor | None = None
     with torch.no_grad():
         for segment in check_segments(segments):

@@ -5,6 +5,7 @@
 # %% ../book/05_reading.ipynb #31cf3d08
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from .attention import MultiHeadAttention, attention_weights
@@ -37,7 +38,8 @@ class MemoryReader(nn.Module):
         check_heads(dim, num_heads)
         self.norm = nn.LayerNorm(dim) if normalise else nn.Identity()
         self.attention = MultiHeadAttention(dim, num_heads, max_length=1, dropout=dropout)
-        self.attention.output.weight.data *= output_start
+        with torch.no_grad():
+            self.attention.output.weight *= output_start
 
     def forward(
         self,
@@ -48,8 +50,11 @@ class MemoryReader(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """`x (B, L, D)`, `memory (B, K, D)` → `(B, L, D)`.
 
-        With `return_weights` also how each token divides its attention, `(B, H, L, K)`.
+        A `cache` keeps the keys and values of its first call; later calls read those, whatever
+        `memory` is, until it is cleared. With `return_weights` also how each token would divide
+        its attention over `memory` itself, without cache and dropout, `(B, H, L, K)`.
         """
+        # A filled cache is read in place of the memory, which need not be normalised then.
         slots = memory if cache is not None and cache.filled else self.norm(memory)
         read: Tensor = self.attention(x, slots, cache=cache)
         if not return_weights:
