@@ -100,7 +100,7 @@ class MemformerLM(nn.Module, Pretrained, library_name="memformer"):
     def forward(
         self, tokens: Tensor, state: Tensor, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Scores `(B, L, V)`, next memory `(B, K, D)`; errors as `check_tokens` raises them."""
+        """Scores `(B, L, V)`, memory `(B, K, D)`. Raises as `check_tokens`, `check_memory` do."""
         hidden, memory = self.stack(tokens, state, mask)
         return self.output(hidden), memory
 

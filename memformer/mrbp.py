@@ -110,14 +110,16 @@ class ReplayBuffer:
 class SecondPass:
     """What is seen on the way back: losses, the last memory, and how far the passes agree."""
 
-    def __init__(self, buffer: ReplayBuffer) -> None:
-        self.buffer = buffer
+    def __init__(self, buffer: ReplayBuffer, watch: Watch | None) -> None:
+        self.buffer, self.watch = buffer, watch
         self.total: Tensor | None = None
         self.last: State = ()
         self.afterwards = buffer.borders[-1].random
         self.worst: list[Tensor] = []
 
-    def note(self, index: int, loss: Tensor | None, memory: State) -> None:
+    def note(
+        self, index: int, loss: Tensor | None, memory: State, gradients: Gradients
+    ) -> None:
         """A segment has been replayed; `memory` is what it returned."""
         borders = self.buffer.borders
         if index == len(borders) - 1:
@@ -127,6 +129,8 @@ class SecondPass:
             self.worst.append(disagreement(memory, kept, mixed))
         if loss is not None:
             self.total = loss if self.total is None else self.total + loss
+        if self.watch is not None:
+            self.watch(Replayed(index, loss, gradients))
 
     def result(self) -> tuple[Tensor, State]:
         """The sum of losses and the last memory, if all went well."""
@@ -149,13 +153,11 @@ def go_back(
     `arriving` and `scale` are the last segment's, as for `ReplayBuffer.replay`. Returns the sum
     of losses, the last memory, the gradients at the first. Raises as `memory_replay_backward`.
     """
-    seen = SecondPass(buffer)
+    seen = SecondPass(buffer, watch)
     try:
         for index in reversed(range(len(buffer.borders))):
             loss, memory, arriving = buffer.replay(buffer.borders[index], arriving, scale)
-            seen.note(index, loss, memory)
-            if watch is not None:
-                watch(Replayed(index, loss, arriving))
+            seen.note(index, loss, memory, arriving)
     finally:
         seen.afterwards.restore()  # as if every segment had been run once
     total, last = seen.result()
@@ -219,7 +221,7 @@ class _Replay(torch.autograd.Function):
             now.restore()
         return None, None, *gradients, None  # for buffer, outputs, inputs, and the anchor
 
-
+# %% ../book/10_replay.ipynb #2812db06
 def memory_replay(step: Step, segments: Iterable[Any], memory: State) -> tuple[Tensor, State]:
     """The same for an ordinary loop: a loss and a memory for `backward()` to come back to.
 

@@ -78,10 +78,10 @@ class MemoryWriter(nn.Module):
         num_heads: int = 1,
         temperature: float = 0.25,
         *,
-        self_weight: float | None = 0.8,
-        length: int = 64,
-        query_start: float = 0.1,
-        normalise: bool = True,
+        self_weight: float | None = 0.8,  # of an untrained slot; None: no bias
+        length: int = 64,  # tokens for which that holds
+        query_start: float = 0.1,  # size of untrained queries
+        normalise: bool = True,  # slots as queries and keys, never as values
     ) -> None:
         super().__init__()
         check_heads(dim, num_heads)
