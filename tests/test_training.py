@@ -8,6 +8,7 @@ import math
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -577,6 +578,31 @@ def test_a_full_disk_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
     again = Trainer(load_recipe(recipe, ["steps=8"]), run, cpu=True)
     again.resume()
     assert again.run()
+
+
+def test_a_disk_that_is_full_when_the_model_is_written_loses_nothing(tmp_path):
+    """The checkpoint is there before; the model folder is never half of one."""
+    recipe, run = tmp_path / "r.json", tmp_path / "run"
+    recipe.write_text(json.dumps(SMALL))
+    assert Trainer(load_recipe(recipe), run, cpu=True).run()
+    weights = run / "model" / "model.safetensors"
+    room = weights.stat().st_size // 2
+    shutil.rmtree(weights.parent)
+    before = (run / "checkpoint.safetensors").read_bytes()
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+
+    done = run_cli("train", recipe, "--out", run, "--resume", "--cpu", preexec_fn=limit)
+    assert done.returncode == 3
+    assert "the model could not be written" in done.stderr
+    assert "--resume" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert {path.name for path in run.iterdir()} == {"checkpoint.safetensors", "record.json"}
+    assert (run / "checkpoint.safetensors").read_bytes() == before
+    assert run_cli("train", recipe, "--out", run, "--resume", "--cpu").returncode == 0
+    model = MemformerLM.from_pretrained(run)
+    assert same(model.state_dict(), load_run(run, cpu=True).model.state_dict())
 
 
 # --- a run that is killed -------------------------------------------------------------------

@@ -31,7 +31,11 @@
 
   // A button's name contains the words on it; a header without words is no header; lists hold items.
   const labels = () => {
-    each("summary[aria-label]", (e) => e.removeAttribute("aria-label"));  // its words say more
+    each("summary", (e) => {
+      if (e.textContent.trim()) return e.removeAttribute("aria-label");  // its words say more
+      const page = e.closest("li")?.querySelector("a");  // an arrow in the list of pages
+      if (page) e.setAttribute("aria-label", `pages under ${page.textContent.trim()}`);
+    });
     each("button[aria-label], a[aria-label], label[aria-label]", (e) => {
       const seen = (e.innerText || e.textContent).replace(/\s+/g, " ").trim();
       const name = e.getAttribute("aria-label");
