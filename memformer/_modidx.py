@@ -107,6 +107,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'memformer/segments.py'),
                                     'memformer.segments.SegmentModel.initial_state': ( 'segments.html#segmentmodel.initial_state',
                                                                                        'memformer/segments.py'),
+                                    'memformer.segments._check_rows': ('segments.html#_check_rows', 'memformer/segments.py'),
                                     'memformer.segments.begin_segment': ('segments.html#begin_segment', 'memformer/segments.py'),
                                     'memformer.segments.count_segments': ('segments.html#count_segments', 'memformer/segments.py'),
                                     'memformer.segments.cut_documents': ('segments.html#cut_documents', 'memformer/segments.py'),

@@ -43,9 +43,8 @@ def visible_positions(
 ) -> Tensor | None:
     """Where `query (B, H, L, d)` may look in `key (B, H, N, d)`: bool `(B or 1, 1, L, N)`.
 
-    None means everywhere. Query 0 stands at position `start` of the keys; `mask (B, N)` is True
-    where a key is real. A query that would see nothing sees everything. In causal
-    self-attention only padding can; but where all keys are padding, real queries see it.
+    None means everywhere. Query 0 stands at position `start` of the keys; `mask (B, N)` is
+    True where a key is real. A query that would see nothing sees everything.
     """
     length, size = query.shape[-2], key.shape[-2]
     if mask is not None:
@@ -81,9 +80,8 @@ def distance_columns(
 class RelativeAttention(nn.Module):
     """Attention with a learned vector `R` per head and distance, on keys and on values.
 
-    `A_ij = (Q_i·K_j + Q_i·R_{i−j}) / √d` and `O_i = Σ_j softmax(A)_ij (V_j + R_{i−j})`, the
-    simplified relative encoding of the paper's 2021 submission. `table[:, n + max_length − 1]`
-    is `R_n`. The value term needs the weights, so this cannot run on a fused kernel.
+    `A_ij = Q_i·(K_j + R_{i−j}) / √d`, `O_i = Σ_j softmax(A)_ij (V_j + R_{i−j})`: the relative
+    encoding of the paper's 2021 submission. `table[:, n + max_length − 1]` is `R_n`.
     """
 
     def __init__(
@@ -104,24 +102,20 @@ class RelativeAttention(nn.Module):
         column = column.expand(*query.shape[:2], -1, -1)  # (L, N) → (B, H, L, N)
 
         by_distance = query @ self.table.mT  # (B, H, L, 2·max_length − 1)
-        scores = query @ key.mT + by_distance.gather(-1, column)  # (B, H, L, N)
-        scores = scores / query.shape[-1] ** 0.5
-        visible = visible_positions(query, key, *seen)
+        scores = query @ key.mT + by_distance.gather(dim=-1, index=column)
+        scores = scores / query.shape[-1] ** 0.5  # (B, H, L, N)
+        visible = visible_positions(query, key, seen.causal, seen.mask, seen.start)
         if visible is not None:
             scores = scores.masked_fill(~visible, float("-inf"))
         weights = F.dropout(scores.softmax(dim=-1), self.dropout, self.training)
 
         blank = torch.zeros_like(by_distance, dtype=weights.dtype)
-        weight_of_distance = blank.scatter(-1, column, weights)  # as by_distance
+        weight_of_distance = blank.scatter(dim=-1, index=column, src=weights)
         return weights @ value + weight_of_distance @ self.table
 
-# %% ../book/03_attention.ipynb #6b53d89f
+# %% ../book/03_attention.ipynb #0b8f035a
 class FusedAttention(nn.Module):
-    """Attention on PyTorch's fused kernel, which never stores the weights.
-
-    `rotary` turns queries and keys by their positions. `dropout` acts on the weights, in
-    training only.
-    """
+    """Attention on PyTorch's fused kernel; `rotary` turns queries and keys before it."""
 
     def __init__(self, rotary: RotaryPositions | None = None, dropout: float = 0.0) -> None:
         super().__init__()
@@ -135,11 +129,13 @@ class FusedAttention(nn.Module):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, seen: Seen) -> Tensor:
         """`(B, H, L, d)` and twice `(B, H, N, d)` → `(B, H, L, d)`."""
         dropout = self.dropout if self.training else 0.0
-        if seen.causal and seen.mask is None and seen.start == 0:
-            # The kernel knows causal order itself, and is faster without a mask.
-            return F.scaled_dot_product_attention(query, key, value, None, dropout, True)
-        visible = visible_positions(query, key, *seen)
-        return F.scaled_dot_product_attention(query, key, value, visible, dropout)
+        causal_only = seen.causal and seen.mask is None and seen.start == 0
+        mask = None  # the kernel knows causal order itself, and is faster without a mask
+        if not causal_only:
+            mask = visible_positions(query, key, seen.causal, seen.mask, seen.start)
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal_only
+        )
 
 # %% ../book/03_attention.ipynb #21f153c1
 def choose_attention(
@@ -153,7 +149,7 @@ def choose_attention(
     rotary = RotaryPositions(max_length, head_dim) if positions == "rotary" else None
     return FusedAttention(rotary, dropout)
 
-# %% ../book/03_attention.ipynb #d1eec18d
+# %% ../book/03_attention.ipynb #5ce006d6
 class MultiHeadAttention(nn.Module):
     """Multi-head attention from `x` to `context`, or from `x` to itself.
 
@@ -193,7 +189,7 @@ class MultiHeadAttention(nn.Module):
         """
         start = cache.filled if cache is not None and context is None else 0
         query, key, value = project(self, x, context, cache)
-        mixed = self.mix(query, key, value, Seen(causal, mask, start))
+        mixed = self.mix(query, key, value, Seen(causal=causal, mask=mask, start=start))
         out: Tensor = self.output(merge_heads(mixed))
         return out
 
@@ -204,31 +200,30 @@ def project(
     context: Tensor | None = None,
     cache: KeyValueCache | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries of `x (B, L, D)`, keys and values of `context (B, N, D)` or of `x` itself.
+    """`(B, H, L, d)`: queries of `x (B, L, D)`; twice `(B, H, N, d)`: keys and values.
 
-    `(B, H, L, d)` and twice `(B, H, N, d)`. Keys and values of a context that a `cache` holds
-    are not computed again; those of `x` are added to what it holds.
+    They are those of `context (B, N, D)`, not computed again where a `cache` holds them, or
+    of `x`, added to what a `cache` holds.
     """
-    query = split_heads(layer.query(x), layer.num_heads)
+    start = cache.filled if cache is not None and context is None else 0
+    query = layer.mix.turn(split_heads(layer.query(x), layer.num_heads), start)
     if context is not None and cache is not None and cache.filled:
-        return layer.mix.turn(query, 0), *cache.held()
-    pair = layer.key_value(x if context is None else context).chunk(2, dim=-1)
-    key, value = (split_heads(part, layer.num_heads) for part in pair)
-    if context is None:  # the same positions: turned together, which is faster
-        start = 0 if cache is None else cache.filled
-        query, key = layer.mix.turn(torch.stack((query, key)), start)
-    else:
-        query, key = layer.mix.turn(query, 0), layer.mix.turn(key, 0)
+        return query, *cache.held()
+    key, value = layer.key_value(x if context is None else context).chunk(2, dim=-1)
+    key = layer.mix.turn(split_heads(key, layer.num_heads), start)
+    value = split_heads(value, layer.num_heads)
     return (query, key, value) if cache is None else (query, *cache.extend(key, value))
 
-
-def attention_weights(layer: MultiHeadAttention, x: Tensor, context: Tensor) -> Tensor:
+# %% ../book/03_attention.ipynb #5f8113ca
+def attention_weights(
+    layer: MultiHeadAttention, x: Tensor, context: Tensor, cache: KeyValueCache | None = None
+) -> Tensor:
     """How each token of `x (B, L, D)` divides its attention over `context`, `(B, H, L, N)`.
 
-    What the fused kernel computes and does not show. `ValueError` for a layer with positions.
+    What the fused kernel computes and does not show; of a filled `cache`, the keys in it. `ValueError` for a layer with positions.
     """
     if not isinstance(layer.mix, FusedAttention) or layer.mix.rotary is not None:
         raise ValueError("the layer has positions; its weights depend on more than content")
-    query, key, _ = project(layer, x, context)
+    query, key, _ = project(layer, x, context, cache)
     weights: Tensor = (query @ key.mT / query.shape[-1] ** 0.5).softmax(dim=-1)
     return weights

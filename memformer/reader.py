@@ -19,10 +19,10 @@ __all__ = ['MemoryReader']
 class MemoryReader(nn.Module):
     """Multi-head attention from tokens to slots (the paper's memory reading).
 
-    `softmax(Q Kᵀ / √d) V` with `Q = x W_Q` and `K, V = M W_K, M W_V`, then an output
-    projection, whose weights start `output_start` times their usual size. Slots have no
-    positions. `normalise`: memory is layer-normalised first, as the paper's figure suggests.
-    `dropout` falls on the weights. Raises `ValueError` unless `num_heads` divides `dim`.
+    `Σ softmax(q·k / √d) v` with queries `W_Q x`, keys `W_K m`, values `W_V m`, then an output
+    projection, whose weights start `output_start` times their usual size. `normalise`: slots
+    are layer-normalised first, as the paper's figure suggests. `dropout` falls on the weights.
+    Raises `ValueError` unless `num_heads` divides `dim`.
     """
 
     def __init__(
@@ -37,6 +37,7 @@ class MemoryReader(nn.Module):
         super().__init__()
         check_heads(dim, num_heads)
         self.norm = nn.LayerNorm(dim) if normalise else nn.Identity()
+        # max_length is for positions, which slots do not have
         self.attention = MultiHeadAttention(dim, num_heads, max_length=1, dropout=dropout)
         with torch.no_grad():
             self.attention.output.weight *= output_start
@@ -50,13 +51,11 @@ class MemoryReader(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """`x (B, L, D)`, `memory (B, K, D)` → `(B, L, D)`.
 
-        A `cache` keeps the keys and values of its first call; later calls read those, whatever
-        `memory` is, until it is cleared. With `return_weights` also how each token would divide
-        its attention over `memory` itself, without cache and dropout, `(B, H, L, K)`.
+        Keys and values stay in a `cache`, to be read until it is cleared. `return_weights` adds
+        how each token divides its attention over the slots read, `(B, H, L, K)`, no dropout.
         """
-        # A filled cache is read in place of the memory, which need not be normalised then.
         slots = memory if cache is not None and cache.filled else self.norm(memory)
         read: Tensor = self.attention(x, slots, cache=cache)
         if not return_weights:
             return read
-        return read, attention_weights(self.attention, x, self.norm(memory))
+        return read, attention_weights(self.attention, x, slots, cache)

@@ -10,17 +10,40 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .checks import check_at_least_one
 
 # %% auto #0
-__all__ = ['IGNORE', 'State', 'split_segments', 'run_segments', 'leaves_of', 'map_state', 'detach_state', 'reset_state',
-           'Segment', 'segment_rows', 'count_segments', 'cut_documents', 'deal_documents', 'DocumentStreams',
-           'SegmentModel', 'begin_segment']
+__all__ = ['State', 'IGNORE', 'SegmentModel', 'split_segments', 'run_segments', 'leaves_of', 'map_state', 'detach_state',
+           'reset_state', 'Segment', 'segment_rows', 'count_segments', 'cut_documents', 'deal_documents',
+           'DocumentStreams', 'begin_segment']
 
-# %% ../book/02_segments.ipynb #471d1fb9
+# %% ../book/02_segments.ipynb #5dad7889
+# A tensor, or tensors nested in tuples, lists and dicts; `()` for a model that carries nothing.
+State = Any
+
+
+class SegmentModel(Protocol):
+    """What every model of the book offers: tokens and a state in, scores and a state out.
+
+    `tokens` are `(B, L)` int64, scores `(B, L, V)`, and row b of a state belongs to stream b.
+    """
+
+    def initial_state(self, batch_size: int) -> State:
+        """The state of `batch_size` streams of which nothing was read."""
+
+    def __call__(
+        self, tokens: Tensor, state: State, mask: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """Next-token scores `(B, L, V)`, and the state for the segment after this one."""
+
+    def advance(self, tokens: Tensor, state: State, mask: Tensor | None = None) -> State:
+        """The next state alone."""
+
+# %% ../book/02_segments.ipynb #24294e0a
 def split_segments(tokens: Tensor, length: int) -> tuple[Tensor, ...]:
     """Cut `(B, N)` tokens into consecutive `(B, length)` pieces; the last may be shorter.
 
@@ -33,7 +56,7 @@ def split_segments(tokens: Tensor, length: int) -> tuple[Tensor, ...]:
         raise ValueError("the stream is empty; at least one token is needed")
     return torch.split(tokens, length, dim=1)
 
-# %% ../book/02_segments.ipynb #23156ea1
+
 def run_segments(
     model: SegmentModel, tokens: Tensor, length: int, state: State | None = None
 ) -> tuple[Tensor, State]:
@@ -49,7 +72,7 @@ def run_segments(
         scores.append(logits)
     return torch.cat(scores, dim=1), state
 
-# %% ../book/02_segments.ipynb #45cbc83d
+# %% ../book/02_segments.ipynb #16cf53b3
 def leaves_of(state: State) -> list[Tensor]:
     """The tensors of a nested state, in order; `TypeError` for anything else in it."""
     leaves = tree_flatten(state)[0]
@@ -66,19 +89,28 @@ def map_state(fn: Callable[..., Tensor], state: State, *others: State) -> State:
     """
     nesting = tree_flatten(state)[1]
     for other in others:
-        if tree_flatten(other)[1] != nesting:
-            raise TypeError(
-                f"states are nested alike; {nesting} meets {tree_flatten(other)[1]}"
-            )
+        met = tree_flatten(other)[1]
+        if met != nesting:
+            raise TypeError(f"states are nested alike; {nesting} meets {met}")
     rows = zip(*(leaves_of(part) for part in (state, *others)), strict=True)
     return tree_unflatten([fn(*row) for row in rows], nesting)
 
-# %% ../book/02_segments.ipynb #d8aca643
+
+def _check_rows(old: Tensor, new: Tensor, reset: Tensor) -> None:
+    """Raise `ValueError` unless both tensors have one shape, with a row per flag."""
+    if old.shape != new.shape or old.shape[:1] != reset.shape:
+        found = f"{tuple(old.shape)}, the fresh one {tuple(new.shape)}"
+        raise ValueError(
+            f"state is {found} and reset {tuple(reset.shape)}; "
+            "states of one shape with a row per flag are expected"
+        )
+
+# %% ../book/02_segments.ipynb #3d386178
 def detach_state(state: State) -> State:
     """The same state cut off from the graph that produced it."""
     return map_state(Tensor.detach, state)
 
-# %% ../book/02_segments.ipynb #1f5a8d95
+
 def reset_state(state: State, fresh: State, reset: Tensor) -> State:
     """Rows of `fresh` where `reset (B,)` is True, rows of `state` elsewhere.
 
@@ -87,20 +119,13 @@ def reset_state(state: State, fresh: State, reset: Tensor) -> State:
     """
 
     def choose(old: Tensor, new: Tensor) -> Tensor:
-        if old.shape != new.shape or old.shape[:1] != reset.shape:
-            raise ValueError(
-                f"state is {tuple(old.shape)}, the fresh one {tuple(new.shape)} "
-                f"and reset {tuple(reset.shape)}; states of one shape with a row "
-                "per flag are expected"
-            )
-        return torch.where(reset.view(-1, *[1] * (old.ndim - 1)), new, old)
+        _check_rows(old, new, reset)
+        shape = reset.shape + (1,) * (old.ndim - 1)  # (B, 1, 1) for slots (B, K, D)
+        return torch.where(reset.view(shape), new, old)
 
     return map_state(choose, state, fresh)
 
-# %% ../book/02_segments.ipynb #010cf81c
-IGNORE = -100  # the target that torch.nn.functional.cross_entropy leaves out
-
-
+# %% ../book/02_segments.ipynb #4e39bd0e
 class Segment(NamedTuple):
     """One timestep of `B` streams that run side by side."""
 
@@ -109,32 +134,30 @@ class Segment(NamedTuple):
     mask: Tensor  # (B, L) bool, False where padding
     reset: Tensor  # (B,) bool, True: a document begins
 
-# %% ../book/02_segments.ipynb #2beb20db
+# %% ../book/02_segments.ipynb #39c56afb
+IGNORE = -100  # the target that torch.nn.functional.cross_entropy leaves out
+
+
 def segment_rows(
     documents: Sequence[Tensor], length: int, start: int
 ) -> Iterator[tuple[Tensor, ...]]:
     """One lane without end: `Segment` rows, document by document, then padding.
 
-    The model reads `start` and then the document one token late, so that every
-    token of it is predicted, the first one too. An empty document is skipped.
+    `start` is read first, so every token is predicted. An empty document is skipped.
     """
     for document in documents:
         for begin in range(0, len(document), length):
-            piece = document[begin : begin + length]
-            tokens = torch.full((length,), start)
-            targets = torch.full((length,), IGNORE)
-            targets[: len(piece)] = piece
-            tokens[1 : len(piece)] = piece[:-1]
-            if begin > 0:
-                tokens[0] = document[begin - 1]
-            mask = torch.arange(length) < len(piece)
-            yield tokens, targets, mask, torch.tensor(begin == 0)
+            targets = document[begin : begin + length].long()
+            before = int(document[begin - 1]) if begin else start
+            tokens = torch.cat((torch.tensor([before]), targets[:-1]))
+            gap = (0, length - len(targets))
+            tokens, targets = F.pad(tokens, gap, value=start), F.pad(targets, gap, value=IGNORE)
+            yield tokens, targets, targets != IGNORE, torch.tensor(begin == 0)
     tokens, targets = torch.full((length,), start), torch.full((length,), IGNORE)
-    mask = torch.zeros(length, dtype=torch.bool)
     while True:
-        yield tokens, targets, mask, torch.tensor(False)
+        yield tokens, targets, targets != IGNORE, torch.tensor(False)
 
-# %% ../book/02_segments.ipynb #f9ad1ab5
+
 def count_segments(tokens: int, length: int) -> int:
     """How many segments of `length` hold so many `tokens`, the last perhaps padded."""
     return (tokens + length - 1) // length
@@ -154,7 +177,7 @@ def deal_documents(
     """
     sizes = [count_segments(len(document), length) for document in documents]
     load, lane_of = [0] * num_lanes, [0] * len(sizes)
-    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+    for i in sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True):
         lane_of[i] = load.index(min(load))
         load[lane_of[i]] += sizes[i]
     lanes: list[list[Tensor]] = [[] for _ in range(num_lanes)]
@@ -162,7 +185,7 @@ def deal_documents(
         lanes[lane].append(document)
     return lanes
 
-# %% ../book/02_segments.ipynb #bd0f7b5f
+# %% ../book/02_segments.ipynb #010cf81c
 class DocumentStreams:
     """`batch_size` lanes reading side by side, each one document after another.
 
@@ -186,7 +209,6 @@ class DocumentStreams:
         split_long: bool = False,
     ) -> None:
         check_at_least_one(batch_size=batch_size, segment_length=segment_length)
-        self.segment_length, self.start = segment_length, corpus.start
         documents = list(corpus.documents)
         if split_long:
             total = sum(count_segments(len(d), segment_length) for d in documents)
@@ -195,6 +217,7 @@ class DocumentStreams:
         if order is not None:
             shuffle = np.random.default_rng(order).permutation(len(documents))
             documents = [documents[i] for i in shuffle]
+        self.segment_length, self.start = segment_length, corpus.start
         self.lanes = deal_documents(documents, batch_size, segment_length)
 
     def __len__(self) -> int:
@@ -203,35 +226,13 @@ class DocumentStreams:
         return max(sum(count_segments(len(d), n) for d in lane) for lane in lanes)
 
     def __iter__(self) -> Iterator[Segment]:
-        length, start = self.segment_length, self.start
-        readers = [segment_rows(lane, length, start) for lane in self.lanes]
+        readers = [segment_rows(lane, self.segment_length, self.start) for lane in self.lanes]
         for _ in range(len(self)):
-            rows = zip(*(next(reader) for reader in readers), strict=True)
-            yield Segment(*(torch.stack(field) for field in rows))
+            rows = [next(reader) for reader in readers]  # one of every lane
+            tokens, targets, mask, reset = (torch.stack(f) for f in zip(*rows, strict=True))
+            yield Segment(tokens, targets, mask, reset)
 
-# %% ../book/02_segments.ipynb #cd00150d
-# A tensor, or tensors nested in tuples, lists and dicts; `()` for a model that carries nothing.
-State = Any
-
-
-class SegmentModel(Protocol):
-    """What every model of the book offers: tokens and a state in, scores and a state out.
-
-    `tokens` are `(B, L)` int64, scores `(B, L, V)`, and row b of a state belongs to stream b.
-    """
-
-    def initial_state(self, batch_size: int) -> State:
-        """The state of `batch_size` streams of which nothing was read."""
-
-    def __call__(
-        self, tokens: Tensor, state: State, mask: Tensor | None = None
-    ) -> tuple[Tensor, State]:
-        """Next-token scores `(B, L, V)`, and the state for the segment after this one."""
-
-    def advance(self, tokens: Tensor, state: State, mask: Tensor | None = None) -> State:
-        """The next state alone."""
-
-
+# %% ../book/02_segments.ipynb #f7b04064
 def begin_segment(
     model: Any,
     segment: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None],

@@ -158,6 +158,8 @@ def test_a_cached_reader_computes_keys_once_and_another_memory_needs_a_cleared_c
     with torch.no_grad():
         first = reader(x, one, cache=cache)
         assert torch.equal(reader(x, other, cache=cache), first)  # as it was told to
+        _, shown = reader(x, other, return_weights=True, cache=cache)
+        close(shown, reader(x, one, return_weights=True)[1])  # of what was read
         cache.clear()
         close(reader(x, other, cache=cache), reader(x, other))
     assert far(reader(x, one), reader(x, other))

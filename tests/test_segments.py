@@ -182,6 +182,28 @@ def test_run_segments_carries_the_state(seed, size, length, border):
     )
 
 
+class LSTM(torch.nn.LSTM):
+    """A segment model whose state moves with every token, and that uses nothing else."""
+
+    def initial_state(self, batch_size):
+        zeros = torch.zeros(1, batch_size, self.hidden_size, dtype=torch.float64)
+        return zeros, zeros
+
+    def forward(self, tokens, state):
+        vectors = torch.nn.functional.one_hot(tokens, self.input_size).double()
+        return super().forward(vectors, state)
+
+
+@given(seed=seeds, size=st.integers(1, 20), length=st.integers(1, 21))
+def test_an_lstm_does_not_notice_the_cut(seed, size, length):
+    torch.manual_seed(seed)
+    lstm = LSTM(5, 4, batch_first=True).double()
+    tokens = torch.randint(5, (2, size))
+    whole, _ = lstm(tokens, lstm.initial_state(2))
+    pieces, _ = run_segments(lstm, tokens, length)
+    torch.testing.assert_close(pieces, whole)
+
+
 @given(seed=seeds, batch=st.integers(1, 4), masked=st.booleans(), carried=st.booleans())
 def test_begin_segment_starts_afresh_where_a_document_begins(seed, batch, masked, carried):
     torch.manual_seed(seed)
