@@ -36,17 +36,17 @@ def as_leaves(state: State) -> State:
     return map_state(leaf, state)
 
 
-Step = Callable[[Any, State], tuple[Tensor | None, State]]  # (segment, memory) → (loss, memory)
-Advance = Callable[[Any, State], State]  # (segment, memory) → memory
-Gradients = tuple[Tensor | None, ...]  # at each tensor of a memory; None: none arrives
-
-
 class Border(NamedTuple):
     """What the first pass keeps where a segment begins: enough to run the segment again."""
 
     segment: Any
     memory: State  # without a graph
     random: RandomState
+
+# %% ../book/10_replay.ipynb #b2c5d725
+Step = Callable[[Any, State], tuple[Tensor | None, State]]  # (segment, memory) → (loss, memory)
+Advance = Callable[[Any, State], State]  # (segment, memory) → memory
+Gradients = tuple[Tensor | None, ...]  # at each tensor of a memory; None: none arrives
 
 
 class Replayed(NamedTuple):
@@ -70,14 +70,14 @@ def back_propagate(ends: Iterable[tuple[Tensor, Tensor | None]]) -> bool:
         torch.autograd.backward(tensors, gradients)
     return True
 
-# %% ../book/10_replay.ipynb #b2c5d725
+# %% ../book/10_replay.ipynb #813f4e4c
 class ReplayBuffer:
     """What is known at the borders of segments, and how to go back through one."""
 
     def __init__(self, step: Step, memory: State) -> None:
         self.step = step
         self.borders: list[Border] = []
-        self.flowed = False  # whether any gradient has
+        self.flowed = False  # True once a loss has sent a gradient back
         self.mixed = MixedPrecision.now(leaf.device.type for leaf in leaves_of(memory))
 
     def enter(self, segment: Any, memory: State) -> State:
