@@ -43,7 +43,8 @@ def separate_slots(
     check_at_least_one(num_slots=num_slots, dim=dim)
     sets = -(-num_slots // dim)  # rounded up
     q, r = torch.linalg.qr(torch.randn(sets, dim, dim, generator=generator))
-    # The routine has its own rule for signs; those of R make the sets uniformly random.
+    # The signs on R's diagonal are the routine's choice; made positive, they leave Q uniformly
+    # random. The slots are its rows: Q is square, so they are as orthogonal as its columns.
     slots: Tensor = q * r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
     return slots.flatten(0, 1)[:num_slots].contiguous()
 
