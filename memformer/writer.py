@@ -46,10 +46,7 @@ def slot_weights(
 
 # %% ../book/06_writing.ipynb #a58dd5b7
 def blend(weights: Tensor, old: Tensor, value: Tensor) -> Tensor:
-    """`m'_i = a_i · [m_i ; V_x]`: `(B, H, K, d)`, of the dtype of `old`.
-
-    `weights (B, H, K, 1 + L)` as from `slot_weights`, `old (B, H, K, d)`, `value (B, H, L, d)`.
-    """
+    """`m'_i = a_i · [m_i ; V_x]`; all `(B, H, …)`: weights `(K, 1 + L)`, slots and values."""
     written = weights[..., 1:].to(value.dtype) @ value
     return (weights[..., :1] * old + written).to(old.dtype)
 
@@ -65,12 +62,9 @@ def keep_bias_for(self_weight: float, length: int, temperature: float = 0.25) ->
     check_at_least_one(length=length)
     return temperature * (math.log(length) + math.log(self_weight / (1 - self_weight)))
 
-# %% ../book/06_writing.ipynb #b389732c
+# %% ../book/06_writing.ipynb #930a075e
 class MemoryWriter(nn.Module):
-    """Slot attention: `m'_i = a_i · [m_i ; V_x]` in every head; `x` comes normalised.
-
-    Untrained, it keeps `self_weight`; with None and `query_start=1` it is nearest to the paper.
-    """
+    """Slot attention: `m'_i = a_i · [m_i ; V_x]` in every head; `x` comes normalised."""
 
     def __init__(
         self,
@@ -78,9 +72,9 @@ class MemoryWriter(nn.Module):
         num_heads: int = 1,
         temperature: float = 0.25,
         *,
-        self_weight: float | None = 0.8,  # of an untrained slot; None: no bias
+        self_weight: float | None = 0.8,  # of an untrained slot; None: no bias, as in the paper
         length: int = 64,  # tokens for which that holds
-        query_start: float = 0.1,  # size of untrained queries
+        query_start: float = 0.1,  # size of untrained queries; the paper's: 1
         normalise: bool = True,  # slots as queries and keys, never as values
     ) -> None:
         super().__init__()
@@ -90,8 +84,10 @@ class MemoryWriter(nn.Module):
         self.norm = nn.LayerNorm(dim) if normalise else nn.Identity()
         self.query, self.key, self.value = (nn.Linear(dim, dim, bias=False) for _ in range(3))
         self.query.weight = nn.Parameter(query_start * self.query.weight.detach())
-        b = None if self_weight is None else keep_bias_for(self_weight, length, temperature)
-        self.keep_bias = None if b is None else nn.Parameter(b * torch.ones(num_heads, 1, 1))
+        self.keep_bias = None
+        if self_weight is not None:
+            bias = keep_bias_for(self_weight, length, temperature)
+            self.keep_bias = nn.Parameter(torch.full((num_heads, 1, 1), bias))
 
     def forward(
         self,
@@ -115,7 +111,7 @@ class ShortConvolution(nn.Module):
     """Mixes every token with the `width − 1` before it, each feature by itself.
 
     A slot stores one token's vector, so a key and its value must meet in one token before the
-    writer looks. Taps start as random numbers of size 1, that of the token itself 1 higher.
+    writer looks. Taps start at random, with a standard deviation of 1; that of the token itself 1 higher.
     Not `causal`, the token stands in the middle. Ours, not the paper's.
     """
 
