@@ -220,7 +220,8 @@ def attention_weights(
 ) -> Tensor:
     """How each token of `x (B, L, D)` divides its attention over `context`, `(B, H, L, N)`.
 
-    What the fused kernel computes and does not show; of a filled `cache`, the keys in it. `ValueError` for a layer with positions.
+    What the fused kernel computes and does not show; of a filled `cache`, the keys in it.
+    `ValueError` for a layer with positions.
     """
     if not isinstance(layer.mix, FusedAttention) or layer.mix.rotary is not None:
         raise ValueError("the layer has positions; its weights depend on more than content")

@@ -46,7 +46,7 @@ def slot_weights(
 
 # %% ../book/06_writing.ipynb #a58dd5b7
 def blend(weights: Tensor, old: Tensor, value: Tensor) -> Tensor:
-    """`m'_i = a_i · [m_i ; V_x]`; all `(B, H, …)`: weights `(K, 1 + L)`, slots and values."""
+    """`m'_i = a_i · [m_i ; V_x]`: weights `(B, H, K, 1 + L)`, old `(…, K, d)`, value `(…, L, d)`."""
     written = weights[..., 1:].to(value.dtype) @ value
     return (weights[..., :1] * old + written).to(old.dtype)
 
@@ -111,8 +111,8 @@ class ShortConvolution(nn.Module):
     """Mixes every token with the `width − 1` before it, each feature by itself.
 
     A slot stores one token's vector, so a key and its value must meet in one token before the
-    writer looks. Taps start at random, with a standard deviation of 1; that of the token itself 1 higher.
-    Not `causal`, the token stands in the middle. Ours, not the paper's.
+    writer looks. Taps start at random, with a standard deviation of 1; that of the token
+    itself 1 higher. Not `causal`, the token stands in the middle. Ours, not the paper's.
     """
 
     def __init__(self, dim: int, width: int, *, causal: bool = True) -> None:

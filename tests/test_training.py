@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import hypothesis
@@ -557,6 +558,11 @@ def run_cli(*arguments, **options):
     return subprocess.run(command, capture_output=True, text=True, env=environment, **options)
 
 
+def small_files(size):
+    """For `preexec_fn`: no file may grow over so many bytes, as on a disk that is full."""
+    return partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size))
+
+
 def test_a_full_disk_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
     """A limit of the system on the size of files stands in for the disk."""
     recipe, run = tmp_path / "r.json", tmp_path / "run"
@@ -565,11 +571,10 @@ def test_a_full_disk_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
     path = run / "checkpoint.safetensors"
     before = path.read_bytes()
 
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, len(before) // 2))
-
     more = ("--resume", "--set", "steps=8", "--cpu")
-    done = run_cli("train", recipe, "--out", run, *more, preexec_fn=limit)
+    done = run_cli(
+        "train", recipe, "--out", run, *more, preexec_fn=small_files(len(before) // 2)
+    )
     assert done.returncode == 3
     assert "could not be written" in done.stderr
     assert "Traceback" not in done.stderr
@@ -590,10 +595,8 @@ def test_a_disk_that_is_full_when_the_model_is_written_loses_nothing(tmp_path):
     shutil.rmtree(weights.parent)
     before = (run / "checkpoint.safetensors").read_bytes()
 
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
-
-    done = run_cli("train", recipe, "--out", run, "--resume", "--cpu", preexec_fn=limit)
+    more = ("--resume", "--cpu")
+    done = run_cli("train", recipe, "--out", run, *more, preexec_fn=small_files(room))
     assert done.returncode == 3
     assert "the model could not be written" in done.stderr
     assert "--resume" in done.stderr
