@@ -202,16 +202,18 @@ def project(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(B, H, L, d)`: queries of `x (B, L, D)`; twice `(B, H, N, d)`: keys and values.
 
-    They are those of `context (B, N, D)`, not computed again where a `cache` holds them, or
-    of `x`, added to what a `cache` holds.
+    Of `context (B, N, D)`, or as a `cache` holds them; else of `x`, added to a `cache`.
     """
-    start = cache.filled if cache is not None and context is None else 0
-    query = layer.mix.turn(split_heads(layer.query(x), layer.num_heads), start)
+    query = split_heads(layer.query(x), layer.num_heads)
     if context is not None and cache is not None and cache.filled:
-        return query, *cache.held()
-    key, value = layer.key_value(x if context is None else context).chunk(2, dim=-1)
-    key = layer.mix.turn(split_heads(key, layer.num_heads), start)
-    value = split_heads(value, layer.num_heads)
+        return layer.mix.turn(query, 0), *cache.held()
+    pair = layer.key_value(x if context is None else context).chunk(2, dim=-1)
+    key, value = (split_heads(part, layer.num_heads) for part in pair)
+    if context is None:  # the same positions: turned together, which is faster
+        start = 0 if cache is None else cache.filled
+        query, key = layer.mix.turn(torch.stack((query, key)), start)
+    else:
+        query, key = layer.mix.turn(query, 0), layer.mix.turn(key, 0)
     return (query, key, value) if cache is None else (query, *cache.extend(key, value))
 
 # %% ../book/03_attention.ipynb #5f8113ca
